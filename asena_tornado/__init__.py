@@ -1,0 +1,1 @@
+"""Real-time WebSocket rooms for Python, on Tornado."""
