@@ -1,1 +1,61 @@
-"""Real-time WebSocket rooms for Python, on Tornado."""
+"""Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
+
+import logging
+
+from .client import Client, connect
+from .container import Inject, Service
+from .errors import (
+    AsenaError,
+    CircularDependencyError,
+    ConfigurationError,
+    ConnectionClosed,
+    EncodeError,
+    HandshakeRefused,
+    InjectionError,
+    InvalidMessageError,
+    NamespaceNotFoundError,
+    PortInUseError,
+    RoomNameError,
+    ServerStateError,
+    SocketClosedError,
+    SocketNotFoundError,
+    UlakError,
+    UlakErrorCode,
+)
+from .options import WebSocketOptions
+from .server import AsenaServer
+from .service import AsenaWebSocketService, WebSocket
+from .sockets import ReadyState, Socket, SocketData
+
+__all__ = [
+    "AsenaError",
+    "AsenaServer",
+    "AsenaWebSocketService",
+    "CircularDependencyError",
+    "Client",
+    "ConfigurationError",
+    "ConnectionClosed",
+    "EncodeError",
+    "HandshakeRefused",
+    "Inject",
+    "InjectionError",
+    "InvalidMessageError",
+    "NamespaceNotFoundError",
+    "PortInUseError",
+    "ReadyState",
+    "RoomNameError",
+    "ServerStateError",
+    "Service",
+    "Socket",
+    "SocketClosedError",
+    "SocketData",
+    "SocketNotFoundError",
+    "UlakError",
+    "UlakErrorCode",
+    "WebSocket",
+    "WebSocketOptions",
+    "connect",
+]
+
+# What a library logs is the application's to show; without this, errors would be spilled into notebook cells.
+logging.getLogger("asena_tornado").addHandler(logging.NullHandler())

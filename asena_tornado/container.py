@@ -280,9 +280,7 @@ def _redefined(old: type[Any], new: type[Any]) -> bool:
 class _Graph:
     """All components of a container and what each needs, checked as far as can be without building any."""
 
-    def __init__(
-        self, listed: Sequence[Any], provided: Mapping[Any, Any], overrides: Mapping[Any, Any]
-    ) -> None:
+    def __init__(self, listed: Sequence[Any], provided: Mapping[Any, Any], overrides: Mapping[Any, Any]) -> None:
         self.nodes: list[_Node] = []
         self._by_class: dict[type[Any], _Node] = {}
         self._by_name: dict[str, _Node] = {}
@@ -416,9 +414,7 @@ class _Graph:
         if len(derived) > 1:
             names = ", ".join(node.listed_as.__name__ for node in derived)
             also = f", or list {cls.__name__} too" if component_of(cls) else ""
-            what = (
-                f"several listed components are a {cls.__name__}: {names}; inject one of these instead{also}"
-            )
+            what = f"several listed components are a {cls.__name__}: {names}; inject one of these instead{also}"
             raise _error(what, wish)
         return derived[0] if derived else None
 

@@ -1,0 +1,296 @@
+"""Bytes in and out of one upgraded connection: a raw socket on the loop, or Tornado's stream where it must be TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections import deque
+from typing import Protocol
+
+from tornado.iostream import IOStream, StreamClosedError
+
+# What a socket may owe is often one small frame; a large window lets one read take what gathered meanwhile.
+_READ_SIZE = 256 * 1024
+_JOIN_BELOW = 64 * 1024
+_VECTOR = 64  # chunks per sendmsg, well below every system's IOV_MAX
+
+_buffers = threading.local()
+
+
+def _shared_buffer() -> memoryview:
+    """The one read buffer of this thread's loop: it is empty again before the next socket is read."""
+    try:
+        return _buffers.view  # type: ignore[no-any-return]
+    except AttributeError:
+        _buffers.view = memoryview(bytearray(_READ_SIZE))
+        return _buffers.view  # type: ignore[no-any-return]
+
+
+class ChannelOwner(Protocol):
+    """Who is told what happens on the channel. All calls come on the loop."""
+
+    def data_received(self, data: bytes) -> None: ...
+    def channel_lost(self, error: Exception | None) -> None: ...
+    def channel_drained(self) -> None: ...
+
+
+class Channel(Protocol):
+    """One connection's bytes. ``waiting`` is how many the system has not taken yet."""
+
+    waiting: int
+
+    def start(self, owner: ChannelOwner, received: bytes) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def finish(self) -> None: ...
+    def shut(self) -> None: ...
+    def abort(self) -> None: ...
+    def close_in_child(self) -> None: ...
+
+
+class SocketChannel:
+    """A plain TCP connection, read with ``recv_into`` and written with ``send``: no future, task or copy between."""
+
+    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_send", "_sock", "waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._send = sock.send
+        self._owner: ChannelOwner | None = None
+        self._backlog: deque[memoryview | bytes] | None = None
+        self._reading = False
+        self._ending: str | None = None  # "shut" or "close" once the backlog is written
+        self.waiting = 0
+
+    def start(self, owner: ChannelOwner, received: bytes) -> None:
+        """Begin to read; ``received`` is what had already arrived."""
+        self._owner = owner
+        self.resume()
+        if received:
+            owner.data_received(received)
+
+    def _readable(self) -> None:
+        view = _shared_buffer()
+        try:
+            size = self._sock.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        if size:
+            self._owner.data_received(bytes(view[:size]))  # type: ignore[union-attr]  # started, so it is there
+        else:
+            self._lost(None)
+
+    def write(self, data: bytes) -> None:
+        """Send now what the system takes, and the rest when it takes more."""
+        if self._backlog is None:
+            try:
+                sent = self._send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                # The caller may be in the middle of a room: let it finish before anybody is told.
+                self._loop.call_soon(self._lost, error)
+                return
+            if sent == len(data):
+                return
+            if self._fd < 0:
+                return
+            # A view, not a copy: thousands of slow members may wait for the same bytes.
+            self._backlog = deque((memoryview(data)[sent:],))
+            self.waiting = len(data) - sent
+            self._loop.add_writer(self._fd, self._writable)
+        else:
+            self._backlog.append(data)
+            self.waiting += len(data)
+
+    def _writable(self) -> None:
+        backlog = self._backlog
+        if backlog is None:
+            return
+        try:
+            if len(backlog) == 1:
+                sent = self._send(backlog[0])
+            elif self.waiting < _JOIN_BELOW:
+                sent = self._send(b"".join(backlog))
+            else:
+                sent = self._sock.sendmsg([backlog[i] for i in range(min(len(backlog), _VECTOR))])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        self.waiting -= sent
+        while sent:
+            first = backlog[0]
+            if sent < len(first):
+                backlog[0] = memoryview(first)[sent:]
+                break
+            sent -= len(first)
+            backlog.popleft()
+        if not backlog:
+            self._backlog = None
+            self._loop.remove_writer(self._fd)
+            if self._ending == "close":
+                self._lost(None)
+            elif self._ending == "shut":
+                self._shut_writing()
+            elif self._owner is not None:
+                self._owner.channel_drained()
+
+    def pause(self) -> None:
+        """Stop reading, so that the client's TCP feels it."""
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """Read (again)."""
+        if not self._reading and self._fd >= 0:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._readable)
+
+    def shut(self) -> None:
+        """Say that no more will be sent, once all is sent; go on reading until the client has closed too."""
+        if self._backlog is None:
+            self._shut_writing()
+        elif self._ending is None:
+            self._ending = "shut"
+
+    def _shut_writing(self) -> None:
+        # The client may be gone already; then reading says so.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def finish(self) -> None:
+        """Close once all is sent."""
+        if self._backlog is None:
+            self._lost(None)
+        else:
+            self._ending = "close"
+
+    def abort(self) -> None:
+        """Close now, whatever is unsent, with a reset."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self._lost(None)
+
+    def close_in_child(self) -> None:
+        """In a forked child: give the descriptor up without touching the parent's connection."""
+        os.close(self._sock.detach())
+
+    def _lost(self, error: Exception | None) -> None:
+        if self._fd < 0:
+            return
+        self.pause()
+        if self._backlog is not None:
+            self._loop.remove_writer(self._fd)
+            self._backlog = None
+        self.waiting = 0
+        self._fd = -1
+        self._sock.close()
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.channel_lost(error)
+
+
+class StreamChannel:
+    """The same over a Tornado stream: for TLS, and for loops that cannot watch a socket (Windows' proactor)."""
+
+    def __init__(self, stream: IOStream) -> None:
+        self._stream = stream
+        self._owner: ChannelOwner | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._may_read = asyncio.Event()
+        self._may_read.set()
+        self._unsent: deque[int] = deque()
+        self._gone = False
+        self.waiting = 0
+
+    def start(self, owner: ChannelOwner, received: bytes) -> None:
+        """Begin to read; ``received`` is what had already arrived."""
+        self._owner = owner
+        self._stream.set_close_callback(self._closed)
+        if received:
+            owner.data_received(received)
+        self._task = asyncio.get_running_loop().create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            while not self._gone:
+                await self._may_read.wait()
+                data = await self._stream.read_bytes(_READ_SIZE, partial=True)
+                if self._owner is not None:
+                    self._owner.data_received(data)
+        except StreamClosedError:
+            self._closed()
+
+    def write(self, data: bytes) -> None:
+        """Hand over to the stream; what it has not sent counts as waiting."""
+        try:
+            future = self._stream.write(data)
+        except StreamClosedError:
+            asyncio.get_running_loop().call_soon(self._closed)
+            return
+        if not future.done():
+            self.waiting += len(data)
+            self._unsent.append(len(data))
+            future.add_done_callback(self._sent)
+        elif future.exception() is not None:
+            asyncio.get_running_loop().call_soon(self._closed)
+
+    def _sent(self, future: asyncio.Future[None]) -> None:
+        # Also marks an exception as seen: that the stream is closed is told by its close callback.
+        if future.cancelled() or future.exception() is not None or self._gone:
+            return
+        self.waiting -= self._unsent.popleft()
+        if not self.waiting and self._owner is not None:
+            self._owner.channel_drained()
+
+    def pause(self) -> None:
+        """Stop reading after the chunk that is being read."""
+        self._may_read.clear()
+
+    def resume(self) -> None:
+        """Read (again)."""
+        self._may_read.set()
+
+    def shut(self) -> None:
+        """TLS has no half-close that clients honour: reading goes on until they close, or the time limit."""
+
+    def finish(self) -> None:
+        """Close once all is sent."""
+        if not self.waiting:
+            self._stream.close()
+            self._closed()
+        else:
+            self._stream.write(b"").add_done_callback(lambda _: self._stream.close())
+
+    def abort(self) -> None:
+        """Close now, whatever is unsent."""
+        self._stream.close()
+        self._closed()
+
+    def close_in_child(self) -> None:
+        """In a forked child: give the descriptor up without touching the parent's connection."""
+        os.close(self._stream.socket.detach())
+
+    def _closed(self) -> None:
+        if self._gone:
+            return
+        self._gone = True
+        self.waiting = 0
+        if self._task is not None:
+            self._task.cancel()
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.channel_lost(self._stream.error if isinstance(self._stream.error, Exception) else None)

@@ -1,0 +1,494 @@
+"""One client for its whole life: its inbox and the one task that feeds the service, closing, and time limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidMessageError, SocketClosedError
+from ..messages import BINARY, TEXT, Message, frame
+from ..sockets import ReadyState
+from .channel import Channel
+from .deflate import Deflate
+from .frames import CLOSE, PING, PONG, FrameParser, ProtocolError
+
+if TYPE_CHECKING:
+    from ..namespace import Namespace
+    from ..options import WebSocketOptions
+    from ..sockets import Socket
+    from .keepalive import Keepalive
+    from .outbox import Outbox
+
+log = logging.getLogger("asena_tornado")
+
+# The connection whose handlers the current code runs for; None outside of handlers.
+serving: ContextVar[Connection | None] = ContextVar("serving", default=None)
+
+# Joining what one client is owed saves system calls, until the copy costs more than they do.
+_JOIN_BELOW = 64 * 1024
+# How long a client that broke the protocol, or was told to go, may keep its half of the connection.
+_LINGER = 1.0  # seconds
+
+
+class Connection:
+    """The engine's side of a `Socket`. Everything here happens on the server's loop."""
+
+    __slots__ = (
+        "__weakref__",
+        "_background",
+        "_close_timer",
+        "_code",
+        "_grace_timer",
+        "_inbox",
+        "_inbox_size",
+        "_keepalive",
+        "_limit",
+        "_loop",
+        "_lost",
+        "_namespace",
+        "_options",
+        "_outbox",
+        "_overflowing",
+        "_parser",
+        "_reason",
+        "_stopping",
+        "_task",
+        "_wake",
+        "bytes_in",
+        "bytes_out",
+        "channel",
+        "connected_at",
+        "deflate",
+        "dropped",
+        "heard_at",
+        "last_error",
+        "message_at",
+        "messages_in",
+        "messages_out",
+        "owed",
+        "owed_count",
+        "owed_size",
+        "ping_sent_at",
+        "pinged_at",
+        "round_trip_time",
+        "socket",
+        "state",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: Socket[Any],
+        channel: Channel,
+        *,
+        namespace: Namespace,
+        options: WebSocketOptions,
+        outbox: Outbox,
+        keepalive: Keepalive,
+        deflate: Deflate | None = None,
+    ) -> None:
+        self._loop = loop
+        self.socket = socket
+        self.channel = channel
+        self._namespace = namespace
+        self._options = options
+        self._outbox = outbox
+        self._keepalive = keepalive
+        self.deflate = deflate
+        self._parser = FrameParser(self, max_message_size=options.max_message_size, inflater=deflate)
+        self._inbox: deque[str | bytes] = deque()
+        self._inbox_size = 0
+        self._limit = options.max_buffered_bytes
+        self.state = ReadyState.OPEN
+        self._code: int | None = None
+        self._reason = ""
+        self._lost = False
+        self._overflowing = False
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
+        self._background: set[asyncio.Future[Any]] | None = None
+        # Owed by the outbox, for the coming flush.
+        self.owed: list[bytes] | None = None
+        self.owed_size = 0
+        self.owed_count = 0
+        # What the inspector shows.
+        self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = self.dropped = 0
+        self.round_trip_time: float | None = None
+        self.last_error: str | None = None
+        self.connected_at = self.heard_at = self.message_at = self.pinged_at = loop.time()
+        self.ping_sent_at: float | None = None
+
+    def start(self, received: bytes) -> None:
+        """Admit the socket, run ``on_open``, and read; ``received`` is what came along with the handshake."""
+        self._namespace.admit(self.socket)
+        self._keepalive.add(self)
+        self._task = self._loop.create_task(self._serve())
+        self.channel.start(self, received)
+
+    # -- what arrives: the channel and the parser call these
+
+    def data_received(self, data: bytes) -> None:
+        """The channel's bytes."""
+        self.heard_at = self._keepalive.now
+        self.bytes_in += len(data)
+        parser = self._parser
+        if parser.closed:
+            return
+        try:
+            parser.feed(data)
+        except ProtocolError as error:
+            self._fail(error)
+        else:
+            if parser.waiting:
+                self.channel.pause()
+
+    def message_received(self, data: str | bytes) -> None:
+        """A whole message, for the inbox."""
+        if self.state is not ReadyState.OPEN:
+            return
+        self.messages_in += 1
+        self.message_at = self._keepalive.now
+        self._inbox.append(data)
+        self._inbox_size += len(data)
+        options = self._options
+        if len(self._inbox) >= options.max_queued_messages or self._inbox_size >= options.max_queued_bytes:
+            self._parser.held = True
+        wake = self._wake
+        if wake is not None:
+            self._wake = None
+            wake.set_result(None)
+
+    def ping_received(self, payload: bytes) -> None:
+        """Answer at once, however busy the handler is; but a client that reads no answers gets no more of them."""
+        if self.state is not ReadyState.OPEN:
+            return
+        if self.channel.waiting <= self._limit:
+            self._outbox.send(self, frame(PONG, payload))
+        self._notify(self._namespace.hooks.ping, payload)
+
+    def pong_received(self, payload: bytes) -> None:
+        """Measure the round trip if the pong answers our own ping."""
+        if len(payload) == 8 and self.ping_sent_at is not None:
+            (sent,) = struct.unpack("!d", payload)
+            if sent == self.ping_sent_at:
+                self.round_trip_time = self._loop.time() - sent
+                self.ping_sent_at = None
+        self._notify(self._namespace.hooks.pong, payload)
+
+    def close_received(self, code: int, reason: str) -> None:
+        """The client closes, or answers our own close."""
+        if self.state is ReadyState.OPEN:
+            self._code, self._reason = code, reason
+            # Echo the code (RFC 6455 §5.5.1); 1005 only means that there was none.
+            self._send_close(b"" if code == 1005 else code.to_bytes(2, "big"))
+        self._end()
+        # The server closes the TCP connection first (RFC 6455 §7.1.1).
+        self.channel.finish()
+
+    def channel_drained(self) -> None:
+        """Everything that waited has been taken by the system."""
+        if self.state is ReadyState.OPEN:
+            self._notify(self._namespace.hooks.drain)
+
+    def channel_lost(self, error: Exception | None) -> None:
+        """The TCP connection is gone."""
+        if self._code is None:
+            self._code = 1006
+            self._reason = str(error) if error else ""
+        self._leave()
+        self.state = ReadyState.CLOSED
+        self._lost = True
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+            self._close_timer = None
+        self._keepalive.discard(self)
+        self._end()
+
+    # -- what is sent
+
+    def send(self, message: Message) -> bool:
+        """Owe the message to the client; False if it was not taken."""
+        if self.state is not ReadyState.OPEN:
+            return False
+        data = message.frame if self.deflate is None else self.deflate.frame(message)
+        waiting = self.channel.waiting
+        if waiting and waiting + self.owed_size + len(data) > self._limit:
+            self._overflow(1)
+            return False
+        self._outbox.send(self, data)
+        return True
+
+    def write(self, data: bytes, count: int) -> None:
+        """Hand ``count`` joined frames to the channel, as far as the limit allows."""
+        channel = self.channel
+        if channel.waiting and channel.waiting + len(data) > self._limit:
+            data, taken = _fitting(data, self._limit - channel.waiting)
+            self._overflow(count - taken)
+            if not data or self._overflowing:
+                return
+            count = taken
+        self.messages_out += count
+        self.bytes_out += len(data)
+        channel.write(data)
+
+    def write_owed(self) -> None:
+        """Hand over what the outbox gathered."""
+        owed, size, count = self.owed, self.owed_size, self.owed_count
+        self.owed, self.owed_size, self.owed_count = None, 0, 0
+        if owed is None or self._lost:
+            return
+        if len(owed) == 1:
+            self.write(owed[0], count)
+        elif size <= _JOIN_BELOW:
+            self.write(b"".join(owed), count)
+        else:
+            for data in owed[:-1]:
+                self.write(data, 0)
+            self.write(owed[-1], count)
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is we who do not read, because the handler is behind."""
+        return self._parser.waiting
+
+    @property
+    def buffered_amount(self) -> int:
+        """Bytes queued and not yet taken by the system."""
+        return self.channel.waiting + self._outbox.owed(self)
+
+    def ping(self, payload: bytes = b"") -> None:
+        """Send a ping; an empty one measures the round trip."""
+        if self.state is not ReadyState.OPEN:
+            return
+        if not payload:
+            self.ping_sent_at = self.pinged_at = self._loop.time()
+            payload = struct.pack("!d", self.ping_sent_at)
+        self._outbox.send(self, frame(PING, payload))
+
+    def _overflow(self, count: int) -> None:
+        """The client reads too slowly: drop what is newest, or close."""
+        self.dropped += count
+        self._namespace.dropped += count
+        if self._options.slow_client_policy == "close" and not self._overflowing:
+            self._overflowing = True
+            # Not now: somebody is going through a room's members.
+            self._loop.call_soon(self.close, 1013, "too slow: the limit of waiting bytes is reached")
+
+    # -- closing
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Begin the close handshake; the client has ``close_timeout`` seconds to answer."""
+        if self.state is not ReadyState.OPEN:
+            return
+        self._code, self._reason = code, reason
+        self._inbox.clear()
+        self._inbox_size = 0
+        self._send_close(code.to_bytes(2, "big") + reason.encode())
+        # Whatever was held back is no longer wanted, but the client's close frame is.
+        self._parser.held = False
+        self._resume()
+
+    def terminate(self) -> None:
+        """Cut the connection without a close frame."""
+        self.channel.abort()
+
+    def cut_off(self) -> None:
+        """Out of time: abort, and cancel whatever handler still runs."""
+        self.channel.abort()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _fail(self, error: ProtocolError) -> None:
+        """Fail the connection (RFC 6455 §7.1.7): say why, send no more, and let the client go."""
+        self._parser.closed = True
+        if self.state is ReadyState.OPEN:
+            self._code, self._reason = error.code, error.reason
+            log.debug("%s: protocol error %s: %s", self.socket, error.code, error.reason)
+            self._send_close(error.code.to_bytes(2, "big") + error.reason.encode())
+        # Closing with unread input would reset the connection and could take the close frame along.
+        self.channel.shut()
+        self._end()
+        self._set_close_timer(_LINGER)
+
+    def _send_close(self, payload: bytes) -> None:
+        self._leave()
+        # What was sent before comes before; the close frame itself is above the limit of waiting bytes.
+        self._outbox.flush()
+        self.channel.write(frame(CLOSE, payload))
+        self.state = ReadyState.CLOSING
+        self._set_close_timer(self._options.close_timeout)
+
+    def _set_close_timer(self, seconds: float) -> None:
+        if self._lost:
+            return
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        self._close_timer = self._loop.call_later(seconds, self.channel.abort)
+
+    def _leave(self) -> None:
+        """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
+        if self.state is ReadyState.OPEN:
+            self._namespace.release(self.socket)
+
+    def _end(self) -> None:
+        """No more messages will come. Let the handler finish what did come, but not for ever."""
+        if self._wake is not None:
+            self._wake.set_result(None)
+            self._wake = None
+        elif not self._stopping and self._task is not None:
+            self._grace_timer = self._loop.call_later(self._options.handler_grace, self._cancel_handler)
+        self._stopping = True
+
+    def _cancel_handler(self) -> None:
+        if self._task is not None:
+            log.warning(
+                "%s: a handler is cancelled: it went on for %s s after its client had gone",
+                self.socket,
+                self._options.handler_grace,
+            )
+            self._task.cancel()
+
+    # -- the service's side: one task, one message at a time
+
+    async def _serve(self) -> None:
+        serving.set(self)
+        try:
+            try:
+                await self._serve_messages()
+            except asyncio.CancelledError:
+                # By us, because the client is gone; or from outside, because the loop is going down.
+                self._wake = None
+                self.close(1001, "going away")
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # a coroutine of a task has one
+            if self._grace_timer is not None:
+                self._grace_timer.cancel()
+            await self._run_on_close()
+        finally:
+            for task in self._background or ():
+                task.cancel()
+            self._namespace.forget(self.socket)
+            self._task = None
+
+    async def _serve_messages(self) -> None:
+        socket = self.socket
+        namespace = self._namespace
+        inbox = self._inbox
+        if namespace.hooks.open is not None:
+            await self._run(namespace.hooks.open, socket)
+        while True:
+            while inbox:
+                data = inbox.popleft()
+                self._inbox_size -= len(data)
+                hooks = namespace.hooks
+                try:
+                    result = hooks.message(socket, hooks.decode(data))
+                    if result is not None and isawaitable(result):
+                        await result
+                except InvalidMessageError as error:
+                    self.last_error = f"{type(error).__name__}: {error}"
+                    await self._run(hooks.invalid, socket, error)
+                except (Exception, asyncio.CancelledError) as error:
+                    await self._handler_failed(error)
+                if not inbox and self._parser.held:
+                    self._release()
+            if self._stopping:
+                return
+            self._wake = self._loop.create_future()
+            await self._wake
+
+    async def _run_on_close(self) -> None:
+        hook = self._namespace.hooks.close
+        if hook is None:
+            return
+        try:
+            async with asyncio.timeout(self._options.on_close_timeout):
+                await self._run(hook, self.socket, self._code or 1006, self._reason)
+        except (TimeoutError, asyncio.CancelledError):
+            log.error("%s: on_close did not finish within %s s", self.socket, self._options.on_close_timeout)
+
+    async def _run(self, hook: Callable[..., Any], *args: Any) -> None:
+        """Call a hook, sync or async; what it raises goes to ``on_error``."""
+        try:
+            result = hook(*args)
+            if result is not None and isawaitable(result):
+                await result
+        except (Exception, asyncio.CancelledError) as error:
+            await self._handler_failed(error)
+
+    async def _handler_failed(self, error: BaseException) -> None:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise error  # it is we who are cancelled, not something the handler waited for
+        self.last_error = f"{type(error).__name__}: {error}"
+        if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
+            log.info("%s: its client went away while a handler was running: %s", self.socket, error)
+        else:
+            log.error("%s: %s in a handler", self.socket, type(error).__name__, exc_info=error)
+        try:
+            result = self._namespace.hooks.error(self.socket, error)
+            if result is not None and isawaitable(result):
+                await result
+        except Exception as second:
+            log.error("%s: on_error failed as well", self.socket, exc_info=second)
+            self.close(1011, "internal error")
+
+    def _notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
+        """Call a hook beside the message handler: it may be what that handler waits for."""
+        if hook is None:
+            return
+        try:
+            result = hook(self.socket, *args)
+        except Exception as error:
+            self._in_background(self._handler_failed(error))
+            return
+        if result is not None and isawaitable(result):
+            self._in_background(self._run(lambda: result))
+
+    def _in_background(self, work: Awaitable[Any]) -> None:
+        task = asyncio.ensure_future(work)
+        if self._background is None:
+            self._background = set()
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _release(self) -> None:
+        """The inbox is empty again: parse what was held back, and read on."""
+        try:
+            self._parser.release()
+        except ProtocolError as error:
+            self._fail(error)
+            return
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._parser.waiting:
+            return
+        with contextlib.suppress(OSError):
+            self.channel.resume()
+
+
+def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
+    """The leading frames of ``data`` that fit into ``room`` bytes, and how many messages they are."""
+    at = count = 0
+    while at < len(data):
+        length = data[at + 1]
+        head = 2
+        if length == 126:
+            length, head = int.from_bytes(data[at + 2 : at + 4], "big"), 4
+        elif length == 127:
+            length, head = int.from_bytes(data[at + 2 : at + 10], "big"), 10
+        if at + head + length > room:
+            break
+        count += data[at] & 0x0F in (TEXT, BINARY)
+        at += head + length
+    return data[:at], count

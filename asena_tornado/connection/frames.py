@@ -1,0 +1,286 @@
+"""Parsing of what a client sends, to the letter of RFC 6455. Pure: bytes in, calls out, no I/O."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+from typing import Protocol
+
+from ..messages import BINARY, TEXT, valid_close_code
+
+CONTINUATION = 0x0
+CLOSE = 0x8
+PING = 0x9
+PONG = 0xA
+
+_utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+def _mask_in_python(mask: bytes, data: bytes) -> bytes:
+    # One wide XOR of integers: about as fast as C for small frames, and without a loop in Python.
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+unmask: Callable[[bytes, bytes], bytes]
+try:
+    from tornado.speedups import websocket_mask as unmask  # type: ignore[no-redef,unused-ignore]  # C, in wheels
+except ImportError:
+    unmask = _mask_in_python
+
+
+class ProtocolError(Exception):
+    """The client broke the protocol; ``code`` goes into the close frame."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Inflater(Protocol):
+    """Undoes a message's compression (see `.deflate`)."""
+
+    def inflate(self, data: bytes, limit: int) -> bytes:
+        """The message's bytes; raises `ProtocolError` past ``limit`` bytes or when the data is broken."""
+        ...
+
+
+class Receiver(Protocol):
+    """Who is told what arrived."""
+
+    def message_received(self, data: str | bytes) -> None: ...
+    def ping_received(self, payload: bytes) -> None: ...
+    def pong_received(self, payload: bytes) -> None: ...
+    def close_received(self, code: int, reason: str) -> None: ...
+
+
+class FrameParser:
+    """Cuts a client's byte stream into messages.
+
+    Feed it chunks of any size. Whole frames are parsed where they lie; a data frame that arrives in pieces is
+    unmasked and checked piece by piece, so broken UTF-8 fails as early as it is known and nothing is copied twice.
+    """
+
+    __slots__ = (
+        "_compressed",
+        "_frame_end",
+        "_inflater",
+        "_left",
+        "_mask",
+        "_max_size",
+        "_opcode",
+        "_parts",
+        "_receiver",
+        "_rest",
+        "_size",
+        "_text",
+        "closed",
+        "held",
+    )
+
+    def __init__(self, receiver: Receiver, *, max_message_size: int, inflater: Inflater | None = None) -> None:
+        self._receiver = receiver
+        self._max_size = max_message_size
+        self._inflater = inflater
+        self._rest = b""  # an incomplete header or control frame, or everything since it was held
+        self.held = False  # data frames stay unparsed; control frames in front of them are still answered
+        self.closed = False  # a close frame came; whatever follows it is ignored (RFC 6455 §1.4)
+        # The message being assembled: its opcode (0: none) and its pieces.
+        self._opcode = 0
+        self._compressed = False
+        self._parts: list[bytes] | None = None
+        self._size = 0
+        self._text: codecs.IncrementalDecoder | None = None
+        # The data frame being received in pieces: payload bytes still to come.
+        self._left = 0
+        self._mask = b""
+        self._frame_end = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a data frame is held back."""
+        return self.held and bool(self._rest)
+
+    def release(self) -> None:
+        """Stop holding, and parse what was held back."""
+        self.held = False
+        if self._rest:
+            self.feed(b"")
+
+    def feed(self, data: bytes) -> None:
+        """Parse the next bytes of the stream. Raises `ProtocolError`; the parser is of no use afterwards."""
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        receiver = self._receiver
+        end = len(data)
+        pos = 0
+        if self._left:
+            pos = self._continue_frame(data, 0, end)
+        while end - pos >= 2:
+            if self.closed:
+                return
+            first = data[pos]
+            second = data[pos + 1]
+            opcode = first & 0x0F
+            if second < 0x80:
+                raise ProtocolError(1002, "client frames must be masked")
+            if opcode < CLOSE and self.held:
+                break
+            length = second & 0x7F
+            head = pos + 2
+            if opcode >= CLOSE:
+                self._check_control(first, opcode, length)
+            else:
+                self._check_data(first, opcode)
+                if length == 126:
+                    head += 2
+                    if end < head:
+                        break
+                    length = (data[pos + 2] << 8) | data[pos + 3]
+                    if length < 126:
+                        raise ProtocolError(1002, "frame length not in its shortest form")
+                elif length == 127:
+                    head += 8
+                    if end < head:
+                        break
+                    length = int.from_bytes(data[pos + 2 : head], "big")
+                    if length < 65536 or length >> 63:
+                        raise ProtocolError(1002, "frame length not in its shortest form")
+                if self._size + length > self._max_size:
+                    raise ProtocolError(1009, f"message longer than {self._max_size} bytes")
+            body = head + 4
+            if end < body:
+                break
+            stop = body + length
+            if opcode >= CLOSE:
+                if end < stop:
+                    break
+                pos = stop
+                self._control(opcode, unmask(data[head:body], data[body:stop]))
+            elif first >= 0xC1 or not opcode or first < 0x80 or stop > end:
+                # Compressed, fragmented or still arriving.
+                self._start_frame(first, opcode, length, data[head:body])
+                pos = self._continue_frame(data, body, end)
+            else:
+                # The usual case: a whole, uncompressed message in one frame.
+                pos = stop
+                payload = unmask(data[head:body], data[body:stop])
+                if opcode == TEXT:
+                    try:
+                        receiver.message_received(payload.decode())
+                    except UnicodeDecodeError as error:
+                        raise ProtocolError(1007, "text is not UTF-8") from error
+                else:
+                    receiver.message_received(payload)
+        if pos < end and not self.closed:
+            self._rest = data[pos:] if pos else data
+
+    def _check_data(self, first: int, opcode: int) -> None:
+        if opcode > BINARY:
+            raise ProtocolError(1002, f"reserved opcode {opcode}")
+        if opcode:
+            if self._opcode:
+                raise ProtocolError(1002, "a new message began before the last one ended")
+        elif not self._opcode:
+            raise ProtocolError(1002, "nothing to continue")
+        if first & 0x70 and (first & 0x30 or self._inflater is None or not opcode):
+            raise ProtocolError(1002, "reserved bits are set")
+
+    @staticmethod
+    def _check_control(first: int, opcode: int, length: int) -> None:
+        if opcode > PONG:
+            raise ProtocolError(1002, f"reserved opcode {opcode}")
+        if first & 0x70:
+            raise ProtocolError(1002, "reserved bits are set")
+        if not first & 0x80:
+            raise ProtocolError(1002, "control frames must not be fragmented")
+        if length > 125:
+            raise ProtocolError(1002, "control frames carry at most 125 bytes")
+
+    def _control(self, opcode: int, payload: bytes) -> None:
+        if opcode == PING:
+            self._receiver.ping_received(payload)
+        elif opcode == PONG:
+            self._receiver.pong_received(payload)
+        else:
+            code, reason = _parse_close(payload)
+            self.closed = True
+            self._receiver.close_received(code, reason)
+
+    def _start_frame(self, first: int, opcode: int, length: int, mask: bytes) -> None:
+        if opcode:
+            self._opcode = opcode
+            self._compressed = bool(first & 0x40)
+            self._parts = []
+            self._size = 0
+            self._text = _utf8() if opcode == TEXT and not self._compressed else None
+        self._frame_end = first >= 0x80
+        self._left = length
+        self._mask = mask
+
+    def _continue_frame(self, data: bytes, pos: int, end: int) -> int:
+        """Take what is here of the current frame's payload; returns where the next frame begins."""
+        stop = min(end, pos + self._left)
+        size = stop - pos
+        if size:
+            piece = unmask(self._mask, data[pos:stop])
+            turn = size & 3
+            if turn:
+                self._mask = self._mask[turn:] + self._mask[:turn]
+            self._left -= size
+            self._size += size
+            self._add(piece)
+        if not self._left and self._frame_end:
+            self._finish()
+        return stop
+
+    def _add(self, piece: bytes) -> None:
+        assert self._parts is not None
+        parts = self._parts
+        if self._text is not None:
+            try:
+                # Only checks; the text itself is decoded once, when it is whole.
+                self._text.decode(piece)
+            except UnicodeDecodeError as error:
+                raise ProtocolError(1007, "text is not UTF-8") from error
+        if parts and len(parts[-1]) < 4096 and len(piece) < 4096:
+            # Tiny fragments would cost an object each: gather them in blocks.
+            parts[-1] += piece
+        else:
+            parts.append(piece)
+
+    def _finish(self) -> None:
+        assert self._parts is not None
+        payload = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        text = self._opcode == TEXT
+        self._opcode = 0
+        self._parts = None
+        self._size = 0
+        self._text = None
+        if self._compressed:
+            assert self._inflater is not None
+            payload = self._inflater.inflate(payload, self._max_size)
+        if text:
+            try:
+                self._receiver.message_received(payload.decode())
+            except UnicodeDecodeError as error:
+                raise ProtocolError(1007, "text is not UTF-8") from error
+        else:
+            self._receiver.message_received(payload)
+
+
+def _parse_close(payload: bytes) -> tuple[int, str]:
+    if not payload:
+        return 1005, ""
+    if len(payload) == 1:
+        raise ProtocolError(1002, "a close frame's code has two bytes")
+    code = int.from_bytes(payload[:2], "big")
+    if not valid_close_code(code):
+        raise ProtocolError(1002, f"invalid close code {code}")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError(1007, "a close frame's reason must be UTF-8") from error

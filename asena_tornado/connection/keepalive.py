@@ -1,0 +1,59 @@
+"""Pings and time limits for all connections of a namespace, from one timer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from ..sockets import ReadyState
+
+if TYPE_CHECKING:
+    from ..options import WebSocketOptions
+    from .connection import Connection
+
+
+class Keepalive:
+    """Looks at every connection a few times per interval: no timer per connection, nothing per message."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, options: WebSocketOptions) -> None:
+        self._loop = loop
+        self._options = options
+        self._connections: dict[Connection, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        limits = [s for s in (options.ping_interval, options.ping_timeout, options.idle_timeout) if s]
+        self._period = max(0.02, min([1.0, *(s / 4 for s in limits)]))
+        self.now = loop.time()  # a coarse clock, so that reading a message need not ask for the time
+
+    def add(self, connection: Connection) -> None:
+        """Watch the connection until it is discarded."""
+        self._connections[connection] = None
+        if self._timer is None:
+            self.now = self._loop.time()
+            self._timer = self._loop.call_later(self._period, self._sweep)
+
+    def discard(self, connection: Connection) -> None:
+        """Watch it no longer; the timer ends with the last one."""
+        self._connections.pop(connection, None)
+        if not self._connections and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _sweep(self) -> None:
+        options = self._options
+        # Silence is counted up to the previous sweep: input that lies unread behind a busy loop is no silence.
+        seen, self.now = self.now, self._loop.time()
+        for connection in tuple(self._connections):
+            if connection.state is not ReadyState.OPEN:
+                continue
+            sent = connection.ping_sent_at
+            if sent is None:
+                if options.ping_interval and self.now - connection.pinged_at >= options.ping_interval:
+                    connection.ping()
+            elif options.ping_timeout and not connection.paused:
+                silent_since = max(sent, connection.heard_at)
+                if seen - silent_since >= options.ping_timeout:
+                    connection.close(1011, "ping timeout")
+                    continue
+            if options.idle_timeout and seen - connection.message_at >= options.idle_timeout:
+                connection.close(1001, "idle timeout")
+        self._timer = self._loop.call_later(self._period, self._sweep) if self._connections else None

@@ -1,0 +1,182 @@
+"""What is owed to clients, gathered for one turn of the loop and written in one go.
+
+Nothing is written where it is published. A message to a room joins the *open batch* when that batch is for the
+same members: then publishing costs the same for one member and for ten thousand, and the joined bytes are shared
+by all of them. Anything that would change who gets what in which order *seals* the batch first, which deals its
+bytes out to the members' own lists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..messages import Message
+
+if TYPE_CHECKING:
+    from ..sockets import Socket
+    from .connection import Connection
+
+# Past this many gathered bytes waiting for the next turn only costs memory.
+_FLUSH_AT = 256 * 1024
+
+
+class Batch:
+    """Consecutive messages to the same members. ``excluded`` maps a socket to the positions it does not get."""
+
+    __slots__ = ("excluded", "members", "messages", "size")
+
+    def __init__(self, members: Mapping[Socket, None]) -> None:
+        self.members = members
+        self.messages: list[Message] = []
+        self.excluded: dict[Socket, list[int]] = {}
+        self.size = 0
+
+    def share(self, connection: Connection, skipped: list[int] | None, made: dict[object, bytes]) -> bytes:
+        """The bytes one member is owed. ``made`` keeps what others can share, by their encoding."""
+        deflate = connection.deflate
+        if deflate is None:
+            key: object = None
+        elif deflate.shared is not None:
+            key = deflate.shared
+        else:
+            return b"".join(
+                [deflate.frame(m) for i, m in enumerate(self.messages) if skipped is None or i not in skipped]
+            )
+        whole = made.get(key)
+        if whole is None:
+            frames = [m.frame if deflate is None else deflate.frame(m) for m in self.messages]
+            whole = made[key] = frames[0] if len(frames) == 1 else b"".join(frames)
+        if skipped is None:
+            return whole
+        parts = []
+        start = at = 0
+        for i, message in enumerate(self.messages):
+            size = len(message.frame if deflate is None else deflate.frame(message))
+            if i in skipped:
+                parts.append(whole[start:at])
+                start = at + size
+            at += size
+        parts.append(whole[start:])
+        return b"".join(parts)
+
+
+class Outbox:
+    """All that one loop's connections owe. Used on that loop only."""
+
+    __slots__ = ("_dirty", "_loop", "_open", "_scheduled")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._open: Batch | None = None
+        self._dirty: list[Connection] = []
+        self._scheduled = False
+
+    def publish(
+        self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
+    ) -> None:
+        """Owe the message to all members but the excluded. ``members`` may be live: see `seal`."""
+        batch = self._open
+        if batch is None or batch.members is not members:
+            if batch is not None:
+                self._deal(batch)
+            batch = self._open = Batch(members)
+        if excluded:
+            position = len(batch.messages)
+            for socket in excluded:
+                if socket in members:
+                    batch.excluded.setdefault(socket, []).append(position)
+        batch.messages.append(message)
+        batch.size += len(message.frame)
+        if batch.size >= _FLUSH_AT:
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._tick)
+
+    def send(self, connection: Connection, frame: bytes) -> None:
+        """Owe the frame to one connection."""
+        batch = self._open
+        if batch is not None and connection.socket in batch.members:
+            self._deal(batch)
+            self._open = None
+        self._owe(connection, frame)
+        if connection.owed_size >= _FLUSH_AT:
+            self.flush()
+        elif not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._tick)
+
+    def seal(self, members: Mapping[Socket, None]) -> None:
+        """These members are about to change: fix who gets what was published to them so far."""
+        batch = self._open
+        if batch is not None and batch.members is members:
+            self._open = None
+            self._deal(batch)
+
+    def owed(self, connection: Connection) -> int:
+        """Bytes gathered for the connection and not handed to its channel yet."""
+        batch = self._open
+        if batch is not None and connection.socket in batch.members:
+            return connection.owed_size + batch.size
+        return connection.owed_size
+
+    def _owe(self, connection: Connection, data: bytes, count: int = 1) -> None:
+        if connection.owed is None:
+            self._dirty.append(connection)
+            connection.owed = [data]
+        else:
+            connection.owed.append(data)
+        connection.owed_size += len(data)
+        connection.owed_count += count
+
+    def _deal(self, batch: Batch) -> None:
+        made: dict[object, bytes] = {}
+        count = len(batch.messages)
+        excluded = batch.excluded
+        for socket in batch.members:
+            connection = socket._connection
+            skipped = excluded.get(socket) if excluded else None
+            data = batch.share(connection, skipped, made)
+            if data:
+                self._owe(connection, data, count - len(skipped) if skipped else count)
+
+    def _tick(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the channels now."""
+        batch, self._open = self._open, None
+        if batch is not None:
+            self._write_batch(batch)
+        dirty = self._dirty
+        if dirty:
+            self._dirty = []
+            for connection in dirty:
+                connection.write_owed()
+
+    def _write_batch(self, batch: Batch) -> None:
+        made: dict[object, bytes] = {}
+        count = len(batch.messages)
+        excluded = batch.excluded
+        plain: bytes | None = None
+        for socket in batch.members:
+            connection = socket._connection
+            if excluded and socket in excluded:
+                skipped = excluded[socket]
+                data, owed = batch.share(connection, skipped, made), count - len(skipped)
+                if not owed:
+                    continue
+            elif connection.deflate is None:
+                if plain is None:
+                    plain = batch.share(connection, None, made)
+                data, owed = plain, count
+            else:
+                data, owed = batch.share(connection, None, made), count
+            if connection.owed is not None:
+                # It is already owed something that comes first; it is written with the others below.
+                self._owe(connection, data, owed)
+            else:
+                connection.write(data, owed)

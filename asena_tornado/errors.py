@@ -1,0 +1,142 @@
+"""Every exception of the package. Each message says what was wrong and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "AsenaError",
+    "CircularDependencyError",
+    "ConfigurationError",
+    "ConnectionClosed",
+    "EncodeError",
+    "HandshakeRefused",
+    "InjectionError",
+    "InvalidMessageError",
+    "NamespaceNotFoundError",
+    "PortInUseError",
+    "RoomNameError",
+    "ServerStateError",
+    "SocketClosedError",
+    "SocketNotFoundError",
+    "UlakError",
+    "UlakErrorCode",
+]
+
+
+class AsenaError(Exception):
+    """The root of everything this package raises on purpose."""
+
+
+class ConfigurationError(AsenaError, ValueError):
+    """A decorator, an option or a combination of services that cannot work."""
+
+
+class ServerStateError(AsenaError, RuntimeError):
+    """The call needs a server in another state: not started, already stopped, or on another thread."""
+
+
+class PortInUseError(AsenaError, OSError):
+    """Somebody else listens on the port. Carries ``port`` (int) and ``address`` (str or None)."""
+
+    def __init__(self, message: str, *, port: int, address: str | None) -> None:
+        super().__init__(message)
+        self.port = port
+        self.address = address
+
+
+class EncodeError(AsenaError, TypeError):
+    """The data given to a sending call cannot become a message. Nothing was sent."""
+
+
+class InvalidMessageError(AsenaError, ValueError):
+    """A client's message is not what ``on_message`` asks for.
+
+    ``errors`` is a list of mappings in pydantic's form (``type``, ``loc``, ``msg``); ``raw`` is what came.
+    """
+
+    def __init__(self, message: str, *, errors: Sequence[Mapping[str, Any]], raw: str | bytes) -> None:
+        super().__init__(message)
+        self.message = message
+        self.errors = [dict(error) for error in errors]
+        self.raw = raw
+
+
+class RoomNameError(AsenaError, ValueError):
+    """A room's name must be a non-empty string."""
+
+
+class SocketClosedError(AsenaError, RuntimeError):
+    """The socket is closed and can no longer join rooms."""
+
+
+class SocketNotFoundError(AsenaError, LookupError):
+    """No connected socket has this id, or several have this prefix."""
+
+
+class NamespaceNotFoundError(AsenaError, LookupError):
+    """No namespace has this path, or it has to be said which of several is meant."""
+
+
+class ConnectionClosed(AsenaError, ConnectionError):
+    """The client's connection is closed. Carries ``code`` (int or None) and ``reason`` (str)."""
+
+    def __init__(self, code: int | None, reason: str = "") -> None:
+        what = "without a close frame" if code is None else f"with code {code}"
+        super().__init__(f"the connection was closed {what}{f': {reason}' if reason else ''}")
+        self.code = code
+        self.reason = reason
+
+
+class HandshakeRefused(AsenaError, ConnectionError):
+    """The server answered the handshake with plain HTTP. Carries ``status`` (int) and ``body`` (str)."""
+
+    def __init__(self, url: str, status: int, body: str) -> None:
+        shown = body if len(body) <= 500 else body[:500] + "…"
+        super().__init__(f"{url} refused the handshake with HTTP {status}{f': {shown}' if shown else ''}")
+        self.url = url
+        self.status = status
+        self.body = body
+
+
+class InjectionError(AsenaError):
+    """A component cannot be built. Carries ``component`` and ``field`` (names, or None)."""
+
+    def __init__(self, message: str, *, component: str | None = None, field: str | None = None) -> None:
+        super().__init__(message)
+        self.component = component
+        self.field = field
+
+
+class CircularDependencyError(InjectionError):
+    """Components that need each other. ``cycle`` names them in order, first and last the same."""
+
+    def __init__(
+        self, message: str, *, cycle: Sequence[str], component: str | None = None, field: str | None = None
+    ) -> None:
+        super().__init__(message, component=component, field=field)
+        self.cycle = tuple(cycle)
+
+
+class UlakErrorCode(StrEnum):
+    """Why Ulak could not do what was asked."""
+
+    NAMESPACE_NOT_FOUND = "NAMESPACE_NOT_FOUND"
+    NAMESPACE_ALREADY_EXISTS = "NAMESPACE_ALREADY_EXISTS"
+    INVALID_NAMESPACE = "INVALID_NAMESPACE"
+    INVALID_MESSAGE = "INVALID_MESSAGE"
+    SOCKET_NOT_FOUND = "SOCKET_NOT_FOUND"
+    SEND_FAILED = "SEND_FAILED"
+    BROADCAST_FAILED = "BROADCAST_FAILED"
+    SERVICE_NOT_INITIALIZED = "SERVICE_NOT_INITIALIZED"
+
+
+class UlakError(AsenaError):
+    """Ulak could not do what was asked. Carries ``code`` and ``namespace``; ``__cause__`` where there is one."""
+
+    def __init__(self, message: str, *, code: UlakErrorCode, namespace: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.namespace = namespace

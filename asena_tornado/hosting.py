@@ -1,0 +1,199 @@
+"""Where the loop lives (a thread of its own, a kernel, the caller) and the one door between threads."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextvars
+import inspect
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from .errors import ServerStateError
+
+log = logging.getLogger("asena_tornado")
+R = TypeVar("R")
+
+
+class LoopDoor:
+    """The way to one running loop from whichever thread. State changes only behind it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Called on the loop's own thread."""
+        self.loop = loop
+        self.thread = threading.get_ident()
+        self._posted: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._woken = False
+        self._shut = False
+
+    def inside(self) -> bool:
+        """Whether the caller is on the loop's thread. Raises `ServerStateError` once the server has stopped."""
+        if self._shut:
+            raise ServerStateError("the server has stopped: call server.start() again")
+        return threading.get_ident() == self.thread
+
+    def run(self, function: Callable[..., object], *args: Any) -> None:
+        """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
+        if self.inside():
+            function(*args)
+            return
+        self._posted.append((function, args))
+        # One wake-up serves all that is posted before it is heard: waking costs a system call.
+        if not self._woken:
+            self._woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._run_posted)
+            except RuntimeError as error:
+                raise ServerStateError("the server's event loop is closed") from error
+
+    def _run_posted(self) -> None:
+        # Before emptying: what is posted from here on wakes again, at worst for nothing.
+        self._woken = False
+        for _ in range(len(self._posted)):
+            function, args = self._posted.popleft()
+            try:
+                function(*args)
+            except Exception:
+                log.exception("a call from another thread failed")
+
+    def call(self, work: Callable[[], R | Awaitable[R]], *, timeout: float | None) -> R:
+        """Run on the loop and wait for the result, from another thread.
+
+        Raises what ``work`` raises; ``TimeoutError`` after ``timeout`` seconds. When the wait ends early, by the
+        time limit or KeyboardInterrupt, what was waited for is cancelled.
+        """
+        if self.inside():
+            raise ServerStateError(
+                "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
+            )
+        future = asyncio.run_coroutine_threadsafe(_complete(work), self.loop)
+        try:
+            return future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            if future.done():  # raised by the work itself
+                raise
+            future.cancel()
+            raise TimeoutError(
+                f"the server's loop did not answer within {timeout} s: is a handler blocking it?"
+            ) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        """Run on the loop and await the result, from any loop."""
+        if self.inside():
+            return await _complete(work)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_complete(work), self.loop))
+
+    def shut(self) -> None:
+        """Nothing passes any more."""
+        self._shut = True
+
+
+async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
+    result = work()
+    if inspect.isawaitable(result):
+        return await result
+    return result
+
+
+class LoopThread:
+    """A daemon thread with a loop of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.loop: asyncio.AbstractEventLoop
+        self._ready = threading.Event()
+        # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
+        # A new thread starts in an empty context, so what handlers print goes to the latest cell.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        self._ready.wait()
+
+    def _run(self) -> None:
+        self.loop = new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._ready.set)
+        try:
+            self.loop.run_forever()
+        finally:
+            try:
+                self.loop.run_until_complete(_cancel_others())
+                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            finally:
+                asyncio.set_event_loop(None)
+                self.loop.close()
+
+    def submit(self, work: Callable[[], Coroutine[Any, Any, R]]) -> R:
+        """Run on the loop and wait; an interrupted wait cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work(), self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """End the loop and the thread; does not wait when called on the thread itself."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+
+    @property
+    def current(self) -> bool:
+        """Whether the caller is on this thread."""
+        return threading.current_thread() is self._thread
+
+
+async def _cancel_others() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A selector loop: the kind that can watch a plain socket, on every system."""
+    if sys.platform == "win32":
+        return asyncio.SelectorEventLoop()
+    return asyncio.new_event_loop()
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def in_empty_context(function: Callable[[], R]) -> R:
+    """Call it in an empty context: what listens or accepts must not be tied to the cell it was started from."""
+    return contextvars.Context().run(function)
+
+
+def run_nested(loop: asyncio.AbstractEventLoop, work: Awaitable[R], instead: str) -> R:
+    """Wait for ``work`` on the very loop that runs the caller; possible only where loops may nest.
+
+    Raises `ServerStateError` that names ``instead``, what can be awaited.
+    """
+    if not getattr(loop, "_nest_patched", False):
+        if inspect.iscoroutine(work):
+            work.close()
+        raise ServerStateError(
+            f"a loop cannot wait for itself: {instead}; or install nest-asyncio2 and call nest_asyncio2.apply() first"
+        )
+    module = sys.modules.get("nest_asyncio")
+    kernel = sys.modules.get("ipykernel")
+    if module is not None and kernel is not None and kernel.version_info[0] >= 7:
+        if inspect.iscoroutine(work):
+            work.close()
+        raise ServerStateError(
+            "nest_asyncio loses queued cells on ipykernel 7 and is no longer maintained; restart the kernel and "
+            f"use nest_asyncio2 instead, or {instead}"
+        )
+    return loop.run_until_complete(work)

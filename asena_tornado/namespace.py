@@ -1,0 +1,267 @@
+"""One namespace at run time: its sockets, its rooms and its fan-out. The service behind it can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote
+
+from .errors import ConfigurationError, ServerStateError, SocketClosedError
+from .messages import Message, encode
+from .rooms import RoomIndex, RoomsView, check_room
+from .sockets import ReadyState, Socket
+
+if TYPE_CHECKING:
+    from .options import WebSocketOptions
+    from .service import Hooks
+
+Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str
+
+
+class Door(Protocol):
+    """The way to the loop, from whichever thread (see `hosting`)."""
+
+    def inside(self) -> bool:
+        """Whether the caller is on the loop's thread."""
+        ...
+
+    def run(self, function: Callable[..., object], *args: Any) -> None:
+        """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
+        ...
+
+
+class FanOut(Protocol):
+    """Where messages go (see `connection.outbox`)."""
+
+    def publish(
+        self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
+    ) -> None: ...
+
+    def seal(self, members: Mapping[Socket, None]) -> None: ...
+
+
+def normalize_path(path: object) -> str:
+    """``"chat"`` means ``"/chat"``. Raises `ConfigurationError` for what cannot be the path of a URL."""
+    if not isinstance(path, str) or not path.strip("/ "):
+        raise ConfigurationError(f"a namespace needs a path such as '/chat', not {path!r}")
+    path = "/" + path.strip().strip("/")
+    if any(c in path for c in "?#{}") or quote(path, safe="/:@!$&'()*+,;=~-._%") != path:
+        raise ConfigurationError(
+            f"{path!r} cannot be a namespace: only what a URL's path may hold, without parameters; "
+            "what differs per client belongs in the query string"
+        )
+    return path
+
+
+class SocketsView(Mapping[str, Socket[Any]]):
+    """A live, read-only mapping of id to socket."""
+
+    __slots__ = ("_sockets",)
+
+    def __init__(self, sockets: dict[str, Socket[Any]]) -> None:
+        self._sockets = sockets
+
+    def __getitem__(self, id: str) -> Socket[Any]:
+        return self._sockets[id]
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._sockets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._sockets))
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} socket{'' if len(self) == 1 else 's'}>"
+
+
+class Namespace:
+    """The state behind one path. Reading is possible from any thread; changes happen on the server's loop."""
+
+    def __init__(self, path: str, hooks: Hooks, *, options: WebSocketOptions) -> None:
+        self.path = path
+        self.hooks = hooks
+        self.options = options
+        self.door: Door = _CLOSED_DOOR
+        self.outbox: FanOut | None = None
+        self.index: RoomIndex[Socket[Any]] = RoomIndex()
+        self.dropped = 0  # messages refused by the limit on waiting bytes
+        self._by_id: dict[str, Socket[Any]] = {}
+        # Everybody, as the outbox needs it: the members of the namespace.
+        self._everyone: dict[Socket[Any], None] = {}
+        # Sockets that have left but whose on_close has not finished.
+        self._leaving: dict[Socket[Any], None] = {}
+        self.sockets = SocketsView(self._by_id)
+        self.rooms: RoomsView[Socket[Any]] = RoomsView(self.index)
+        self._all_gone: list[Callable[[], None]] = []
+
+    # -- sending
+
+    def to(self, rooms: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
+        """Send to the members of the room or rooms, once each; returns how many are addressed."""
+        return self.publish(rooms, data, exclude=exclude)
+
+    def in_(self, data: object, *, exclude: Exclude = ()) -> int:
+        """Send to every socket of the namespace; returns how many are addressed."""
+        return self.publish(None, data, exclude=exclude)
+
+    def publish(
+        self,
+        rooms: str | Iterable[str] | None,
+        data: object,
+        *,
+        exclude: Exclude = (),
+        origin: Socket[Any] | None = None,
+    ) -> int:
+        """Send to rooms (None: to everybody), but not to the excluded nor to ``origin``.
+
+        Returns how many sockets are addressed; from another thread, as seen at the time of the call.
+        """
+        names = None if rooms is None else _room_names(rooms)
+        message = encode(data)
+        excluded = self._excluded(exclude, origin)
+        if self.door.inside():
+            return self._deliver(names, message, excluded)
+        self.door.run(self._deliver, names, message, excluded)
+        members = self._members(names)
+        return len(members) - sum(1 for socket in excluded or () if socket in members)
+
+    def send_to(self, socket: Socket[Any], message: Message) -> bool:
+        """Send to one socket; False if it was not taken."""
+        if self.door.inside():
+            return socket._connection.send(message)
+        self.door.run(socket._connection.send, message)
+        return socket.ready_state is ReadyState.OPEN
+
+    def _deliver(self, names: tuple[str, ...] | None, message: Message, excluded: frozenset[Socket] | None) -> int:
+        members = self._members(names)
+        count = len(members)
+        if excluded:
+            for socket in excluded:
+                if socket in members:
+                    count -= 1
+        if count:
+            self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
+        return count
+
+    def _members(self, names: tuple[str, ...] | None) -> dict[Socket[Any], None]:
+        if names is None:
+            return self._everyone
+        if len(names) == 1:
+            return self.index.members(names[0])
+        return self.index.union(names)
+
+    def _excluded(self, exclude: Exclude, origin: Socket[Any] | None) -> frozenset[Socket[Any]] | None:
+        if not exclude:
+            return None if origin is None else frozenset((origin,))
+        if isinstance(exclude, str | Socket):
+            exclude = (exclude,)
+        sockets = {self._by_id.get(each) if isinstance(each, str) else each for each in exclude}
+        sockets.add(origin)
+        return frozenset(socket for socket in sockets if socket is not None)
+
+    # -- rooms
+
+    def join(self, socket: Socket[Any], room: str) -> None:
+        """Put the socket into the room, from any thread."""
+        check_room(room)
+        if socket.ready_state is not ReadyState.OPEN:
+            raise SocketClosedError(f"socket {socket.id} is closed and cannot join {room!r}")
+        self.door.run(self._join, socket, room)
+
+    def _join(self, socket: Socket[Any], room: str) -> None:
+        if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
+            self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
+            self.index.join(socket, room)
+
+    def leave(self, socket: Socket[Any], room: str) -> None:
+        """Take the socket out of the room, from any thread."""
+        check_room(room)
+        self.door.run(self._leave, socket, room)
+
+    def _leave(self, socket: Socket[Any], room: str) -> None:
+        if socket._left_rooms is not None:
+            socket._left_rooms -= {room}
+        elif room in self.index.rooms_of(socket):
+            self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
+            self.index.leave(socket, room)
+
+    def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
+        """The names of the rooms the socket is in."""
+        return frozenset(self.index.rooms_of(socket).copy())
+
+    # -- coming and going; called on the loop by the socket's connection
+
+    def admit(self, socket: Socket[Any]) -> None:
+        """The socket is open from here on."""
+        self.outbox.seal(self._everyone)  # type: ignore[union-attr]  # the door is open
+        self._by_id[socket.id] = socket
+        self._everyone[socket] = None
+
+    def release(self, socket: Socket[Any]) -> None:
+        """The socket is addressed no more; ``on_close`` has still to run."""
+        outbox = self.outbox
+        assert outbox is not None
+        socket._left_rooms = self.rooms_of(socket)
+        for room in socket._left_rooms:
+            outbox.seal(self.index.members(room))
+            self.index.leave(socket, room)
+        outbox.seal(self._everyone)
+        del self._everyone[socket]
+        del self._by_id[socket.id]
+        self._leaving[socket] = None
+
+    def forget(self, socket: Socket[Any]) -> None:
+        """``on_close`` has run: nothing of the socket is left."""
+        socket._left_rooms = frozenset()
+        self._leaving.pop(socket, None)
+        if self.empty:
+            waiting, self._all_gone = self._all_gone, []
+            for call in waiting:
+                call()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no socket is left and every ``on_close`` has run."""
+        return not self._everyone and not self._leaving
+
+    @property
+    def leaving(self) -> list[Socket[Any]]:
+        """The sockets that are closing, or whose ``on_close`` runs."""
+        return list(self._leaving)
+
+    def when_empty(self, call: Callable[[], None]) -> None:
+        """Call once no socket is left and every ``on_close`` has run; at once if that is so now."""
+        if self.empty:
+            call()
+        else:
+            self._all_gone.append(call)
+
+    def __repr__(self) -> str:
+        return f"<Namespace {self.path}: {len(self._by_id)} sockets, {len(self.rooms)} rooms>"
+
+
+def _room_names(rooms: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(rooms, str):
+        return (check_room(rooms),)
+    try:
+        names = tuple(rooms)
+    except TypeError:
+        check_room(rooms)
+        raise
+    return tuple(check_room(room) for room in names)
+
+
+class _ClosedDoor:
+    """Before the server starts, and after it has stopped."""
+
+    def inside(self) -> bool:
+        raise ServerStateError("the server is not running: call server.start() first")
+
+    def run(self, function: Callable[..., object], *args: Any) -> None:
+        self.inside()
+
+
+_CLOSED_DOOR = _ClosedDoor()

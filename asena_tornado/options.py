@@ -1,0 +1,62 @@
+"""`WebSocketOptions`: every limit and time of a namespace in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Seconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, Field(ge=1)]
+
+
+class WebSocketOptions(BaseModel):
+    """Limits and times, for a server (``AsenaServer(options=…)``) or one namespace (``@WebSocket(options=…)``).
+
+    Unknown names are refused. ``None`` switches a limit off where the type allows it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    max_message_size: Bytes = 16 * 1024 * 1024
+    """Bytes of one message from a client, after decompression; longer closes with 1009."""
+    max_sockets: Annotated[int, Field(ge=1)] | None = None
+    """Sockets per namespace; one more is refused with HTTP 503 before the upgrade."""
+
+    max_buffered_bytes: Bytes = 4 * 1024 * 1024
+    """Bytes that may wait for a client that reads slowly. One message is always taken when nothing waits."""
+    slow_client_policy: Literal["close", "drop"] = "close"
+    """Past ``max_buffered_bytes``: close with 1013, or drop the newest messages (and count them)."""
+
+    max_queued_messages: Annotated[int, Field(ge=1)] = 256
+    """Messages of one client that may wait for its handler; then the client is not read until it catches up."""
+    max_queued_bytes: Bytes = 4 * 1024 * 1024
+    """The same in bytes."""
+
+    handshake_timeout: Seconds = 10.0
+    """Seconds from the first byte of the handshake, middleware included, to the upgrade."""
+    ping_interval: Seconds | None = 20.0
+    """Seconds between pings."""
+    ping_timeout: Seconds | None = 20.0
+    """Seconds of complete silence after a ping; then the connection is closed with 1011."""
+    idle_timeout: Seconds | None = None
+    """Seconds without a message from the client; then it is closed with 1001. Pongs do not count."""
+    close_timeout: Seconds = 5.0
+    """Seconds a client has to answer a close frame; then the connection is cut."""
+    handler_grace: Seconds = 2.0
+    """Seconds a running handler, and messages received before, may take once the client is gone; then cancelled."""
+    on_close_timeout: Seconds = 10.0
+    """Seconds ``on_close`` may take; then it is cancelled."""
+
+    compression: bool = False
+    """Offer permessage-deflate (RFC 7692). It costs CPU time and, with context takeover, memory per client."""
+    compression_level: Annotated[int, Field(ge=1, le=9)] = 6
+    """zlib's level, 1 (fast) to 9 (small)."""
+    compression_memory_level: Annotated[int, Field(ge=1, le=9)] = 8
+    """zlib's memory level, 1 (little memory) to 9 (fast)."""
+    compression_window_bits: Annotated[int, Field(ge=9, le=15)] = 15
+    """The largest window, as a power of two of bytes, that either side may use."""
+    compression_context_takeover: bool = False
+    """Keep the window between messages: smaller, but then every member of a room costs a compression of its own."""
+    compression_threshold: Annotated[int, Field(ge=0)] = 128
+    """Bytes below which messages are sent as they are."""

@@ -1,0 +1,587 @@
+"""`AsenaServer`: puts services, rooms, connections and a loop together, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import errno
+import html
+import logging
+import os
+import signal
+import socket as sockets
+import ssl
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from .client import Client, connect
+from .connection import Endpoint, Outbox, websocket_routes
+from .connection.connection import serving
+from .container import Container, component_of
+from .errors import ConfigurationError, PortInUseError, ServerStateError
+from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop
+from .namespace import Namespace
+from .options import WebSocketOptions
+from .service import AsenaWebSocketService, Hooks, bind, spec_of
+
+log = logging.getLogger("asena_tornado")
+R = TypeVar("R")
+
+Hosting = Literal["thread", "kernel", "caller", "app"]
+State = Literal["new", "starting", "running", "stopping", "stopped"]
+
+_STOP_TIMEOUT = 10.0  # seconds
+_CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
+_MAX_HEADER_SIZE = 16 * 1024  # bytes
+
+
+class AsenaServer:
+    """A server for WebSocket services, wherever its loop is to live.
+
+    ``components``: classes (or instances) decorated with `WebSocket`, `Controller`, `Service`. ``port``: 0 picks a
+    free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
+    that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
+    such as ``"https://example.com"``; ``"*"`` matches anything. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+
+    Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
+    program) or `mount` (an existing Tornado application).
+    """
+
+    def __init__(
+        self,
+        *components: Any,
+        port: int = 3000,
+        address: str | None = "localhost",
+        options: WebSocketOptions | None = None,
+        allowed_origins: Sequence[str] = (),
+        ssl_options: ssl.SSLContext | None = None,
+    ) -> None:
+        if isinstance(allowed_origins, str):
+            raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+        if not 0 <= port <= 65535:
+            raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
+        self._container = Container(*components)
+        self._paths = _paths(components)
+        self._wanted_port = port
+        self._port: int | None = None
+        self._address = address
+        self._options = options or WebSocketOptions()
+        self._allowed_origins = tuple(allowed_origins)
+        self._ssl = ssl_options
+        self._namespaces: dict[str, Namespace] = {}
+        self._built = False
+        self._state: State = "new"
+        self._hosting: Hosting | None = None
+        self._door: LoopDoor | None = None
+        self._thread: LoopThread | None = None
+        self._http: HTTPServer | None = None
+        self._endpoints: dict[str, Endpoint] = {}
+        self._opening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._stopped = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._lifeline: Any = None
+        # Starting and stopping from several threads at once takes turns.
+        self._lock = threading.RLock()
+
+    # -- what it is and where
+
+    @property
+    def state(self) -> State:
+        """``"new"``, ``"starting"``, ``"running"``, ``"stopping"`` or ``"stopped"``."""
+        return self._state
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; with ``port=0``, known once started."""
+        if self._port is not None:
+            return self._port
+        if self._wanted_port == 0:
+            raise ServerStateError("port=0 becomes a number when the server starts: call server.start() first")
+        return self._wanted_port
+
+    @property
+    def namespaces(self) -> Mapping[str, Namespace]:
+        """Path to `Namespace`, as the container found them."""
+        self._build()
+        return dict(self._namespaces)
+
+    def url(self, path: str = "/") -> str:
+        """Where the path is: ``ws://…`` (``wss://…``) for a namespace, ``http://…`` (``https://…``) otherwise."""
+        path = path if path.startswith("/") else f"/{path}"
+        scheme = "ws" if path.partition("?")[0] in self._paths or path in self._namespaces else "http"
+        host = self._address or "localhost"
+        if host in ("0.0.0.0", "::"):
+            host = "localhost"
+        if ":" in host:
+            host = f"[{host}]"
+        return f"{scheme}{'s' if self._ssl else ''}://{host}:{self.port}{path}"
+
+    # -- starting
+
+    def start(self, *, hosting: Literal["thread", "kernel"] = "thread") -> Self:
+        """Start, and return the server once it listens. Starting a running server changes nothing.
+
+        ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes.
+        ``hosting="kernel"``: on the loop that is already running in this thread; handlers share it with the cells.
+        Raises `PortInUseError`, what a component's ``on_start`` raises, and `ServerStateError`.
+        """
+        if hosting not in ("thread", "kernel"):
+            raise ConfigurationError(f'hosting is "thread" or "kernel", not {hosting!r}')
+        with self._lock:
+            if self._state in ("starting", "running"):
+                if self._hosting != hosting:
+                    raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+                return self
+            self._begin(hosting)
+            try:
+                if hosting == "thread":
+                    self._thread = LoopThread(f"asena-{self._wanted_port}")
+                    self._thread.submit(self._open)
+                else:
+                    loop = running_loop()
+                    if loop is None:
+                        raise ServerStateError(
+                            'hosting="kernel" needs a loop that runs already, as in a notebook; '
+                            "elsewhere use server.start() or server.run()"
+                        )
+                    in_empty_context(self._open_here)
+            except BaseException:
+                self._give_up()
+                raise
+        return self
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM, or until `stop` is called; then drain. For scripts."""
+        if running_loop() is not None:
+            raise ServerStateError(
+                "run() blocks and needs a thread without a running loop; in a notebook use server.start(), "
+                "in an async program await server.serve()"
+            )
+        if not logging.getLogger().handlers:
+            logging.basicConfig(level=logging.INFO)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        main = threading.current_thread() is threading.main_thread()
+
+        def stop_soon(*_: object) -> None:
+            loop.call_soon_threadsafe(self._close_soon)
+
+        before: dict[signal.Signals, Any] = {}
+        if main:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, stop_soon)
+        try:
+            await self.serve()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def serve(self) -> None:
+        """Serve on the caller's loop until `stop` is called or this is cancelled; then drain."""
+        async with self:
+            log.info("serving %s at %s", ", ".join(self._paths) or "nothing", self.url())
+            await self._stopped.wait()
+
+    async def __aenter__(self) -> Self:
+        with self._lock:
+            if self._state in ("starting", "running"):
+                raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+            self._begin("caller")
+        try:
+            # A task of its own, so that what listens is not tied to the caller's context.
+            await in_empty_context(lambda: asyncio.get_running_loop().create_task(self._open()))
+        except BaseException:
+            self._give_up()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def mount(self, app: Application) -> Self:
+        """Add the routes to an existing Tornado application.
+
+        Components start on the application's loop: at once if it runs already, else with the first request; they
+        stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
+        """
+        app.add_handlers(r".*", self.routes())
+        if running_loop() is not None:
+            self._opening = asyncio.get_running_loop().create_task(self._open_mounted())
+        return self
+
+    def routes(self) -> list[Any]:
+        """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
+        self._build()
+        return [websocket_routes(path, self._find_endpoint(path)) for path in self._namespaces]
+
+    def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
+        async def find() -> Endpoint:
+            if self._state != "running":
+                await self._open_mounted()
+            return self._endpoints[path]
+
+        return find
+
+    def _begin(self, hosting: Hosting) -> None:
+        if self._state == "stopping":
+            raise ServerStateError("the server is still stopping; wait for stop() to return")
+        self._hosting = hosting
+        self._state = "starting"
+        self._failure = None
+        self._stopped = asyncio.Event()
+
+    def _give_up(self) -> None:
+        self._state = "stopped"
+        if self._http is not None:
+            self._http.stop()
+            self._http = None
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    def _build(self) -> None:
+        """Build the components and their namespaces, once."""
+        if self._built:
+            return
+        self._container.build()
+        for mark, instance in self._container.components:
+            if isinstance(instance, AsenaWebSocketService):
+                spec = spec_of(mark.cls)
+                if spec.path in self._namespaces:
+                    other = type(self._namespaces[spec.path].hooks.service).__name__
+                    raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
+                namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
+                self._namespaces[spec.path] = namespace
+                bind(instance, namespace)
+        self._paths = tuple(self._namespaces)
+        self._built = True
+
+    def _prepare(self) -> list[sockets.socket]:
+        """Everything that needs no waiting, on the loop's thread; returns the listening sockets."""
+        self._build()
+        listeners = [] if self._hosting == "app" else self._bind()
+        loop = asyncio.get_running_loop()
+        self._door = LoopDoor(loop)
+        outbox = Outbox(loop)
+        self._endpoints = {}
+        for path, namespace in self._namespaces.items():
+            namespace.door = self._door
+            namespace.outbox = outbox
+            self._endpoints[path] = Endpoint(loop, namespace, outbox=outbox, allowed_origins=self._allowed_origins)
+        return listeners
+
+    def _bind(self) -> list[sockets.socket]:
+        try:
+            listeners = bind_sockets(self._wanted_port, self._address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUseError(
+                    f"port {self._wanted_port} on {self._address or 'every interface'} is in use by somebody else; "
+                    "stop that, or choose another port (port=0 picks a free one)",
+                    port=self._wanted_port,
+                    address=self._address,
+                ) from error
+            raise
+        self._port = listeners[0].getsockname()[1]
+        return listeners
+
+    async def _open(self) -> None:
+        listeners = self._prepare()
+        try:
+            await self._container.start()
+        except BaseException:
+            for listener in listeners:
+                listener.close()
+            raise
+        self._listen(listeners)
+
+    def _open_here(self) -> None:
+        """On a loop that runs this very code: what has to be awaited goes on in a task."""
+        listeners = self._prepare()
+
+        async def finish() -> None:
+            try:
+                await self._container.start()
+                self._listen(listeners)
+            except BaseException as error:
+                self._failure = error
+                for listener in listeners:
+                    listener.close()
+                self._give_up()
+                log.exception("the server could not start")
+
+        self._opening = asyncio.get_running_loop().create_task(finish())
+
+    async def _open_mounted(self) -> None:
+        if self._state == "running":
+            return
+        if self._state in ("stopping", "stopped"):
+            raise ServerStateError("the server has stopped: nothing is served under its routes any more")
+        if self._opening is None or self._opening is asyncio.current_task():
+            self._begin("app")
+            await self._open()
+            self._lifeline = _until_loop_ends(self)
+            await anext(self._lifeline)
+        else:
+            await self._opening
+
+    def _listen(self, listeners: list[sockets.socket]) -> None:
+        if listeners:
+            app = Application(self.routes(), log_function=_log_request)
+            self._http = HTTPServer(
+                app,
+                ssl_options=self._ssl,
+                idle_connection_timeout=self._options.handshake_timeout,
+                body_timeout=self._options.handshake_timeout,
+                max_header_size=_MAX_HEADER_SIZE,
+            )
+            self._http.add_sockets(listeners)
+        self._state = "running"
+        _running.add(self)
+
+    # -- stopping
+
+    def stop(self, *, timeout: float = _STOP_TIMEOUT) -> None:
+        """Stop accepting, close every socket with 1001, run every ``on_close``, stop components, free the port.
+
+        Waits at most ``timeout`` seconds for the clients, then cuts them off. Stopping a stopped server changes
+        nothing. From a handler it returns at once and the server stops as soon as it can.
+        """
+        door = self._door
+        if self._state in ("new", "stopped") or door is None:
+            return
+        if threading.get_ident() == door.thread:
+            if serving.get() is not None or (self._thread is not None and self._thread.current):
+                self._close_soon(timeout)
+            else:
+                run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
+            return
+        with self._lock:
+            if self._state in ("new", "stopped"):
+                return
+            future = asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop)
+            future.result()
+            self._end_thread()
+
+    async def aclose(self, *, timeout: float = _STOP_TIMEOUT) -> None:
+        """What `stop` does, awaitable from any loop. In a handler it returns at once."""
+        door = self._door
+        if self._state in ("new", "stopped") or door is None:
+            return
+        if threading.get_ident() != door.thread:
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
+            self._end_thread()
+            return
+        self._close_soon(timeout)
+        # A handler that waited here would wait for its own end.
+        if serving.get() is None and self._closing is not None:
+            await asyncio.shield(self._closing)
+
+    def _close_soon(self, timeout: float = _STOP_TIMEOUT) -> None:
+        if self._closing is None and self._state in ("starting", "running"):
+            loop = asyncio.get_running_loop()
+            self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout)))
+
+    def _end_thread(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.stop()
+
+    async def _close(self, timeout: float) -> None:
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        self._state = "stopping"
+        _running.discard(self)
+        deadline = asyncio.get_running_loop().time() + timeout
+        try:
+            for endpoint in self._endpoints.values():
+                endpoint.closing = True
+            if self._http is not None:
+                self._http.stop()
+            await self._close_sockets(deadline)
+            if self._http is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await self._http.close_all_connections()
+            await self._container.stop()
+        finally:
+            assert self._door is not None
+            self._door.shut()
+            self._http = None
+            self._opening = self._closing = None
+            self._state = "stopped"
+            self._stopped.set()
+            if self._thread is not None and self._thread.current:
+                self._door.loop.call_soon(self._end_own_thread)
+
+    def _end_own_thread(self) -> None:
+        # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
+        if self._thread is not None:
+            self._thread.loop.call_later(0.05, self._end_thread)
+
+    async def _close_sockets(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        namespaces = list(self._namespaces.values())
+
+        def look() -> None:
+            if all(namespace.empty for namespace in namespaces):
+                gone.set()
+
+        for namespace in namespaces:
+            everyone = list(namespace.sockets.values())
+            for i in range(0, len(everyone), _CLOSE_BATCH):
+                for socket in everyone[i : i + _CLOSE_BATCH]:
+                    socket._connection.close(1001, "the server is stopping")
+                await asyncio.sleep(0)
+            namespace.when_empty(look)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await gone.wait()
+        except TimeoutError:
+            left = [socket for namespace in namespaces for socket in namespace.leaving]
+            log.warning("%s sockets did not go in time and are cut off", len(left))
+            for socket in left:
+                socket._connection.cut_off()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(loop.time() + 1):
+                    await gone.wait()
+
+    # -- working with it
+
+    def call(self, work: Callable[[], R | Awaitable[R]] | Awaitable[R], *, timeout: float | None = 30.0) -> R:
+        """Run a function or coroutine on the server's loop and return its result, from any other thread.
+
+        Raises what it raises, and ``TimeoutError`` after ``timeout`` seconds; an interrupted wait cancels it.
+        """
+        door = self._open_door()
+        function: Callable[[], Any] = work if callable(work) else lambda: work
+        if not door.inside():
+            return door.call(function, timeout=timeout)  # type: ignore[no-any-return]
+        if self._hosting == "thread" or serving.get() is not None:
+            if asyncio.iscoroutine(work):
+                work.close()
+            raise ServerStateError("this is the server's own loop already: call the function, or await it")
+        result = function()
+        if isinstance(result, Awaitable):
+            return run_nested(door.loop, result, "await it instead")  # type: ignore[no-any-return]
+        return result  # type: ignore[no-any-return]
+
+    async def connect(
+        self,
+        path: str = "/",
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 10.0,
+        ssl_options: Any = None,
+    ) -> Client:
+        """Connect a client to this server: ``await server.connect("/chat?username=Ann")``. See `client.connect`."""
+        self._open_door()
+        url = self.url(path)
+        if url.startswith("http"):
+            url = "ws" + url.removeprefix("http")
+        return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
+
+    def override(self, target: Any, replacement: Any) -> Self:
+        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start."""
+        self._container.override(target, replacement)
+        return self
+
+    def _open_door(self) -> LoopDoor:
+        if self._failure is not None:
+            raise ServerStateError(f"the server could not start: {self._failure}") from self._failure
+        if self._door is None or self._state == "new":
+            raise ServerStateError("the server is not running: call server.start() first")
+        if self._state == "stopped":
+            raise ServerStateError("the server has stopped: call server.start() again")
+        return self._door
+
+    def __repr__(self) -> str:
+        where = f" at {self.url()}" if self._state in ("starting", "running") and self._hosting != "app" else ""
+        return f"<AsenaServer {self._state}{where}: {', '.join(self._paths) or 'no namespaces'}>"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td><code>{html.escape(self.url(path))}</code></td>"
+            f"<td>{html.escape(type(self._namespaces[path].hooks.service).__name__)}</td>"
+            f"<td>{len(self._namespaces[path].sockets)} sockets</td></tr>"
+            for path in (self._paths if self._built and self._state == "running" and self._hosting != "app" else ())
+        )
+        table = f"<table>{rows}</table>" if rows else ""
+        return f"<div>{html.escape(repr(self))}{table}</div>"
+
+
+async def _until_loop_ends(server: AsenaServer) -> Any:
+    """Closes the server when the loop shuts its asynchronous generators down, as ``asyncio.run`` does at its end."""
+    try:
+        yield
+    finally:
+        await server.aclose()
+
+
+def _paths(components: Sequence[Any]) -> tuple[str, ...]:
+    """The paths of the listed services; two services on one path are an error as early as here."""
+    found: dict[str, str] = {}
+    for item in components:
+        cls = item if isinstance(item, type) else type(item)
+        if issubclass(cls, AsenaWebSocketService) and component_of(cls) is not None:
+            spec = spec_of(cls)
+            if found.setdefault(spec.path, cls.__name__) != cls.__name__:
+                raise ConfigurationError(
+                    f"two services for {spec.path!r}: {found[spec.path]} and {cls.__name__}; "
+                    "give one of them another path"
+                )
+    return tuple(found)
+
+
+def _log_request(handler: Any) -> None:
+    log.debug("%s %s", handler.get_status(), handler.request.uri)
+
+
+_running: weakref.WeakSet[AsenaServer] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    """At the interpreter's end: clients are told, instead of finding the connection cut."""
+    for server in list(_running):
+        if server._hosting == "thread":
+            with contextlib.suppress(Exception):
+                server.stop(timeout=2)
+
+
+def _close_in_child() -> None:
+    """A forked child must not keep the parent's port and connections open."""
+    for server in list(_running):
+        if server._http is not None:
+            for listener in server._http._sockets.values():
+                os.close(listener.detach())
+        for namespace in server._namespaces.values():
+            for socket in namespace.sockets.values():
+                socket._connection.channel.close_in_child()
+
+
+atexit.register(_stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+__all__ = ["AsenaServer"]

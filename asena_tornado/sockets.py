@@ -1,0 +1,156 @@
+"""`Socket`: one client, as a service sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Generic
+
+from typing_extensions import TypeVar
+
+from .messages import encode, valid_close_code
+
+if TYPE_CHECKING:
+    from .connection.connection import Connection
+    from .namespace import Namespace
+
+T = TypeVar("T", default=Any)
+
+
+class ReadyState(IntEnum):
+    """A socket's state, numbered as in browsers."""
+
+    CONNECTING = 0
+    OPEN = 1
+    CLOSING = 2
+    CLOSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SocketData(Generic[T]):
+    """What is known of a client from its handshake.
+
+    ``id``: the socket's id. ``path``: the namespace. ``query``: the query string (a name given several times has
+    a list). ``values``: what middleware set with ``set_websocket_value``, else the query string, as a ``T``.
+    Other attributes are looked up in ``values``: ``ws.data.username``.
+    """
+
+    id: str
+    path: str
+    query: Mapping[str, str | list[str]]
+    values: T
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        values = self.values
+        if isinstance(values, Mapping):
+            if name in values:
+                return values[name]
+            known = ", ".join(map(str, values)) or "none"
+        else:
+            try:
+                return getattr(values, name)
+            except AttributeError:
+                known = ", ".join(getattr(values, "__dict__", {})) or "none"
+        raise AttributeError(f"the socket's values have no {name!r} (there are: {known})")
+
+
+class Socket(Generic[T]):
+    """One connected client: the same object for the whole life of its connection.
+
+    Sending, joining and closing may be called from any thread. Sending never waits; what waits to be sent is
+    limited (`WebSocketOptions.max_buffered_bytes`).
+    """
+
+    __slots__ = ("__weakref__", "_connection", "_left_rooms", "_namespace", "data", "remote_address")
+
+    _connection: Connection
+
+    def __init__(self, namespace: Namespace, data: SocketData[T], remote_address: str) -> None:
+        self._namespace = namespace
+        self._left_rooms: frozenset[str] | None = None  # what on_close sees, once the socket has left its rooms
+        self.data = data
+        self.remote_address = remote_address
+
+    @property
+    def id(self) -> str:
+        """The socket's unguessable id."""
+        return self.data.id
+
+    @property
+    def namespace(self) -> str:
+        """The path of the namespace the client is connected to."""
+        return self._namespace.path
+
+    @property
+    def ready_state(self) -> ReadyState:
+        """Whether it is open, closing or closed."""
+        return self._connection.state
+
+    @property
+    def rooms(self) -> frozenset[str]:
+        """The rooms it is in; in ``on_close``, those it was in."""
+        if self._left_rooms is not None:
+            return self._left_rooms
+        return self._namespace.rooms_of(self)
+
+    @property
+    def buffered_amount(self) -> int:
+        """Bytes queued for the client that the system has not taken yet."""
+        return self._connection.buffered_amount
+
+    @property
+    def round_trip_time(self) -> float | None:
+        """Seconds from the last ping to its pong, or None before the first."""
+        return self._connection.round_trip_time
+
+    def is_subscribed(self, room: str) -> bool:
+        """Whether it is in the room."""
+        return room in self.rooms
+
+    def send(self, data: object) -> bool:
+        """Send to this client: str as text, bytes as binary, anything else as JSON.
+
+        Returns whether it was taken: False when the socket is closed, or when too much waits already (see
+        `WebSocketOptions.slow_client_policy`). Raises `EncodeError` for what cannot be sent.
+        """
+        return self._namespace.send_to(self, encode(data))
+
+    def publish(self, room: str, data: object, *, exclude: Iterable[Socket[Any] | str] = ()) -> int:
+        """Send to everybody in the room but this socket; it need not be a member itself.
+
+        Returns how many local sockets are addressed. Raises `RoomNameError` and `EncodeError`.
+        """
+        return self._namespace.publish(room, data, exclude=exclude, origin=self)
+
+    def subscribe(self, room: str) -> None:
+        """Join the room. Raises `SocketClosedError` when the socket is closed, `RoomNameError` for a bad name."""
+        self._namespace.join(self, room)
+
+    def unsubscribe(self, room: str) -> None:
+        """Leave the room; nothing happens if it is not in it."""
+        self._namespace.leave(self, room)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Begin the close handshake. ``code``: 1000, 3000-4999 or another that RFC 6455 §7.4 lets a peer send;
+        ``reason``: at most 123 bytes as UTF-8."""
+        if not valid_close_code(code):
+            raise ValueError(f"{code} is no code a close frame may carry; use 1000 or one from 3000 to 4999")
+        if len(reason.encode()) > 123:
+            raise ValueError("the reason of a close frame has at most 123 bytes as UTF-8")
+        self._namespace.door.run(self._connection.close, code, reason)
+
+    def terminate(self) -> None:
+        """Cut the connection at once, without a close frame."""
+        self._namespace.door.run(self._connection.terminate)
+
+    def ping(self, data: bytes = b"") -> None:
+        """Send a ping (at most 125 bytes). The round trip is measured when ``data`` is empty."""
+        if len(data) > 125:
+            raise ValueError("a ping carries at most 125 bytes")
+        self._namespace.door.run(self._connection.ping, bytes(data))
+
+    def __repr__(self) -> str:
+        return f"<Socket {self.id[:8]} {self.namespace} {self.ready_state.name.lower()}>"
