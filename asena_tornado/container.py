@@ -728,8 +728,10 @@ class Container:
             raise InjectionError(f"{node.label} is not built yet", component=node.label)
         return node.instance
 
-    async def start(self) -> None:
+    async def start(self, *, running: Container | None = None) -> None:
         """Build, then run every ``on_start`` in order. Does nothing while started.
+
+        ``running`` is the container that this one takes over from: an instance that runs there goes on running.
 
         If one raises, those that had started are stopped, in reverse, and its exception comes through with a
         note that names the component.
@@ -739,9 +741,11 @@ class Container:
                 return
             self.build()
             assert self._graph is not None
+            inherited = {id(node.instance) for node in running._started} if running is not None else set()
             for node in self._graph.order:
                 try:
-                    await _run(node, "on_start")
+                    if id(node.instance) not in inherited:
+                        await _run(node, "on_start")
                 except BaseException as error:
                     error.add_note(f"raised by {node.label}.on_start(); nothing was left started")
                     await self._stop_started()
@@ -749,14 +753,19 @@ class Container:
                 self._started.append(node)
             self._running = True
 
-    async def stop(self) -> None:
+    async def stop(self, *, successor: Container | None = None) -> None:
         """Run ``on_stop`` of everything that started, in reverse. Does nothing when stopped.
+
+        What runs in ``successor``, too, goes on running there.
 
         Every one is run: what one raises is logged and not raised, since a server has to get through its
         stop. When this call is cancelled, another one carries on with those that are left.
         """
         async with self._lock:
             self._running = False
+            if successor is not None:
+                inherited = {id(node.instance) for node in successor._started}
+                self._started = [node for node in self._started if id(node.instance) not in inherited]
             await self._stop_started()
 
     async def _stop_started(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -14,6 +16,8 @@ from .sockets import ReadyState, Socket
 if TYPE_CHECKING:
     from .options import WebSocketOptions
     from .service import Hooks
+
+log = logging.getLogger("asena_tornado")
 
 Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str
 
@@ -38,6 +42,8 @@ class FanOut(Protocol):
     ) -> None: ...
 
     def seal(self, members: Mapping[Socket, None]) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 def normalize_path(path: object) -> str:
@@ -191,6 +197,24 @@ class Namespace:
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
         """The names of the rooms the socket is in."""
         return frozenset(self.index.rooms_of(socket).copy())
+
+    # -- replacing the service
+
+    def replace(self, hooks: Hooks, options: WebSocketOptions) -> None:
+        """Put a new service behind the namespace, on the loop. Sockets and rooms stay as they are.
+
+        Values are validated anew; a socket whose values no longer fit is closed with 1012. The new options hold
+        for connections from now on.
+        """
+        old, self.hooks, self.options = self.hooks, hooks, options
+        for socket in list(self._by_id.values()):
+            try:
+                values = hooks.values(old.plain_values(socket.data.values), from_query=False)
+            except Exception as error:  # a validator may raise anything; the others must not suffer
+                log.warning("%s: its values do not fit the new service: %s", socket, error)
+                socket._connection.close(1012, "the service has changed: connect again")
+            else:
+                socket.data = dataclasses.replace(socket.data, values=values)
 
     # -- coming and going; called on the loop by the socket's connection
 

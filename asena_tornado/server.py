@@ -36,7 +36,7 @@ log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
 
 Hosting = Literal["thread", "kernel", "caller", "app"]
-State = Literal["new", "starting", "running", "stopping", "stopped"]
+State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
 _STOP_TIMEOUT = 10.0  # seconds
 _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
@@ -83,6 +83,9 @@ class AsenaServer:
         self._door: LoopDoor | None = None
         self._thread: LoopThread | None = None
         self._http: HTTPServer | None = None
+        self._listeners: list[sockets.socket] = []
+        self._outbox: Outbox | None = None
+        self._retiring: asyncio.Task[None] | None = None
         self._endpoints: dict[str, Endpoint] = {}
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -96,7 +99,7 @@ class AsenaServer:
 
     @property
     def state(self) -> State:
-        """``"new"``, ``"starting"``, ``"running"``, ``"stopping"`` or ``"stopped"``."""
+        """``"new"``, ``"starting"``, ``"running"``, ``"stopping"``, ``"stopped"`` or ``"replaced"``."""
         return self._state
 
     @property
@@ -130,6 +133,11 @@ class AsenaServer:
     def start(self, *, hosting: Literal["thread", "kernel"] = "thread") -> Self:
         """Start, and return the server once it listens. Starting a running server changes nothing.
 
+        A server of this process that was started the same way on the same port is *replaced*: its connections and
+        rooms pass to this one without the clients noticing, ``on_open`` is not called again, and the old server
+        object is done. That is what running a notebook cell again does. If this server cannot start, the old one
+        goes on. A namespace that is gone is closed with 1012, and so is a socket whose values no longer fit.
+
         ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes.
         ``hosting="kernel"``: on the loop that is already running in this thread; handlers share it with the cells.
         Raises `PortInUseError`, what a component's ``on_start`` raises, and `ServerStateError`.
@@ -142,8 +150,13 @@ class AsenaServer:
                     raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
                 return self
             self._begin(hosting)
+            old = self._predecessor()
             try:
-                if hosting == "thread":
+                if hosting == "thread" and old is not None:
+                    assert old._thread is not None
+                    old._thread.submit(lambda: self._replace(old))
+                    self._thread, old._thread = old._thread, None
+                elif hosting == "thread":
                     self._thread = LoopThread(f"asena-{self._wanted_port}")
                     self._thread.submit(self._open)
                 else:
@@ -153,7 +166,7 @@ class AsenaServer:
                             'hosting="kernel" needs a loop that runs already, as in a notebook; '
                             "elsewhere use server.start() or server.run()"
                         )
-                    in_empty_context(self._open_here)
+                    in_empty_context(lambda: self._open_here(old))
             except BaseException:
                 self._give_up()
                 raise
@@ -255,6 +268,9 @@ class AsenaServer:
         if self._http is not None:
             self._http.stop()
             self._http = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
@@ -276,19 +292,26 @@ class AsenaServer:
         self._paths = tuple(self._namespaces)
         self._built = True
 
-    def _prepare(self) -> list[sockets.socket]:
-        """Everything that needs no waiting, on the loop's thread; returns the listening sockets."""
+    def _prepare(self) -> None:
+        """Everything that needs no waiting, on the loop's thread."""
         self._build()
-        listeners = [] if self._hosting == "app" else self._bind()
+        if self._hosting != "app":
+            self._listeners = self._bind()
         loop = asyncio.get_running_loop()
         self._door = LoopDoor(loop)
-        outbox = Outbox(loop)
+        self._outbox = Outbox(loop)
+        self._open_namespaces()
+
+    def _open_namespaces(self) -> None:
+        assert self._door is not None
+        assert self._outbox is not None
         self._endpoints = {}
         for path, namespace in self._namespaces.items():
             namespace.door = self._door
-            namespace.outbox = outbox
-            self._endpoints[path] = Endpoint(loop, namespace, outbox=outbox, allowed_origins=self._allowed_origins)
-        return listeners
+            namespace.outbox = self._outbox
+            self._endpoints[path] = Endpoint(
+                self._door.loop, namespace, outbox=self._outbox, allowed_origins=self._allowed_origins
+            )
 
     def _bind(self) -> list[sockets.socket]:
         try:
@@ -306,31 +329,94 @@ class AsenaServer:
         return listeners
 
     async def _open(self) -> None:
-        listeners = self._prepare()
-        try:
-            await self._container.start()
-        except BaseException:
-            for listener in listeners:
-                listener.close()
-            raise
-        self._listen(listeners)
+        self._prepare()
+        await self._container.start()
+        self._listen()
 
-    def _open_here(self) -> None:
+    def _open_here(self, old: AsenaServer | None) -> None:
         """On a loop that runs this very code: what has to be awaited goes on in a task."""
-        listeners = self._prepare()
+        if old is None:
+            self._prepare()
+        else:
+            self._build()
+            self._door, self._port = old._door, old._port
 
         async def finish() -> None:
             try:
-                await self._container.start()
-                self._listen(listeners)
+                if old is None:
+                    await self._container.start()
+                    self._listen()
+                else:
+                    await self._replace(old)
             except BaseException as error:
                 self._failure = error
-                for listener in listeners:
-                    listener.close()
                 self._give_up()
                 log.exception("the server could not start")
 
         self._opening = asyncio.get_running_loop().create_task(finish())
+
+    # -- replacing a server of the same process, as a notebook cell does when it is run again
+
+    def _predecessor(self) -> AsenaServer | None:
+        """The running server whose port this one is about to take."""
+        for old in list(_running):
+            if (
+                old._port == self._wanted_port
+                and old._address == self._address
+                and old._hosting in ("thread", "kernel")
+            ):
+                if old._hosting != self._hosting or (self._hosting == "kernel" and old._door_is_elsewhere()):
+                    self._state = "new"
+                    raise PortInUseError(
+                        f"port {old._port} is served by an earlier server of this process (hosting={old._hosting!r}); "
+                        "stop that one first, or start this one the same way to replace it",
+                        port=self._wanted_port,
+                        address=self._address,
+                    )
+                return old
+        return None
+
+    def _door_is_elsewhere(self) -> bool:
+        return self._door is None or self._door.loop is not running_loop()
+
+    async def _replace(self, old: AsenaServer) -> None:
+        """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
+        self._build()
+        await self._container.start(running=old._container)
+        # The switch itself waits for nothing: it falls between two messages.
+        self._door, self._outbox, self._port = old._door, old._outbox, old._port
+        gone = []
+        for path, kept in old._namespaces.items():
+            if path in self._namespaces:
+                fresh = self._namespaces[path]
+                self._namespaces[path] = kept
+                bind(fresh.hooks.service, kept)
+                kept.replace(fresh.hooks, fresh.options)
+            else:
+                gone.append(kept)
+                old._endpoints[path].closing = True
+        self._open_namespaces()
+        # Duplicates, because a Tornado server closes the sockets that it stops listening on.
+        self._listeners = [listener.dup() for listener in old._listeners]
+        self._listen()
+        old_http, old._http, old._listeners = old._http, None, []
+        if old_http is not None:
+            old_http.stop()
+        old._state = "replaced"
+        old._stopped.set()
+        _running.discard(old)
+        self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, gone))
+
+    async def _retire(self, old: AsenaServer, http: HTTPServer | None, gone: list[Namespace]) -> None:
+        """What is left of the old server: namespaces without a successor, idle HTTP connections, components."""
+        before, old._retiring = old._retiring, None
+        if before is not None:
+            await before
+        await _close_sockets(gone, _STOP_TIMEOUT, 1012, "this namespace is gone")
+        if http is not None:
+            await _close_http(http)
+        await old._container.stop(successor=self._container)
+        old._namespaces, old._endpoints, old._door, old._outbox = {}, {}, None, None
 
     async def _open_mounted(self) -> None:
         if self._state == "running":
@@ -345,8 +431,8 @@ class AsenaServer:
         else:
             await self._opening
 
-    def _listen(self, listeners: list[sockets.socket]) -> None:
-        if listeners:
+    def _listen(self) -> None:
+        if self._listeners:
             app = Application(self.routes(), log_function=_log_request)
             self._http = HTTPServer(
                 app,
@@ -355,7 +441,7 @@ class AsenaServer:
                 body_timeout=self._options.handshake_timeout,
                 max_header_size=_MAX_HEADER_SIZE,
             )
-            self._http.add_sockets(listeners)
+            self._http.add_sockets(self._listeners)
         self._state = "running"
         _running.add(self)
 
@@ -368,7 +454,7 @@ class AsenaServer:
         nothing. From a handler it returns at once and the server stops as soon as it can.
         """
         door = self._door
-        if self._state in ("new", "stopped") or door is None:
+        if self._state in ("new", "stopped", "replaced") or door is None:
             return
         if threading.get_ident() == door.thread:
             if serving.get() is not None or (self._thread is not None and self._thread.current):
@@ -377,7 +463,7 @@ class AsenaServer:
                 run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
             return
         with self._lock:
-            if self._state in ("new", "stopped"):
+            if self._state in ("new", "stopped", "replaced"):
                 return
             future = asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop)
             future.result()
@@ -386,7 +472,7 @@ class AsenaServer:
     async def aclose(self, *, timeout: float = _STOP_TIMEOUT) -> None:
         """What `stop` does, awaitable from any loop. In a handler it returns at once."""
         door = self._door
-        if self._state in ("new", "stopped") or door is None:
+        if self._state in ("new", "stopped", "replaced") or door is None:
             return
         if threading.get_ident() != door.thread:
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
@@ -408,27 +494,26 @@ class AsenaServer:
             thread.stop()
 
     async def _close(self, timeout: float) -> None:
-        if self._opening is not None:
-            await asyncio.wait([self._opening])
+        for unfinished in (self._opening, self._retiring):
+            if unfinished is not None:
+                await asyncio.wait([unfinished])
         self._state = "stopping"
         _running.discard(self)
-        deadline = asyncio.get_running_loop().time() + timeout
         try:
             for endpoint in self._endpoints.values():
                 endpoint.closing = True
             if self._http is not None:
                 self._http.stop()
-            await self._close_sockets(deadline)
+            await _close_sockets(list(self._namespaces.values()), timeout, 1001, "the server is stopping")
             if self._http is not None:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1):
-                        await self._http.close_all_connections()
+                await _close_http(self._http)
             await self._container.stop()
         finally:
             assert self._door is not None
             self._door.shut()
             self._http = None
-            self._opening = self._closing = None
+            self._listeners = []
+            self._opening = self._closing = self._retiring = None
             self._state = "stopped"
             self._stopped.set()
             if self._thread is not None and self._thread.current:
@@ -438,34 +523,6 @@ class AsenaServer:
         # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
         if self._thread is not None:
             self._thread.loop.call_later(0.05, self._end_thread)
-
-    async def _close_sockets(self, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        gone = asyncio.Event()
-        namespaces = list(self._namespaces.values())
-
-        def look() -> None:
-            if all(namespace.empty for namespace in namespaces):
-                gone.set()
-
-        for namespace in namespaces:
-            everyone = list(namespace.sockets.values())
-            for i in range(0, len(everyone), _CLOSE_BATCH):
-                for socket in everyone[i : i + _CLOSE_BATCH]:
-                    socket._connection.close(1001, "the server is stopping")
-                await asyncio.sleep(0)
-            namespace.when_empty(look)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await gone.wait()
-        except TimeoutError:
-            left = [socket for namespace in namespaces for socket in namespace.leaving]
-            log.warning("%s sockets did not go in time and are cut off", len(left))
-            for socket in left:
-                socket._connection.cut_off()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(loop.time() + 1):
-                    await gone.wait()
 
     # -- working with it
 
@@ -510,6 +567,11 @@ class AsenaServer:
     def _open_door(self) -> LoopDoor:
         if self._failure is not None:
             raise ServerStateError(f"the server could not start: {self._failure}") from self._failure
+        if self._state == "replaced":
+            raise ServerStateError(
+                f"this server was replaced by a newer one on port {self._port}, as when a cell is run again: "
+                "use that one"
+            )
         if self._door is None or self._state == "new":
             raise ServerStateError("the server is not running: call server.start() first")
         if self._state == "stopped":
@@ -529,6 +591,41 @@ class AsenaServer:
         )
         table = f"<table>{rows}</table>" if rows else ""
         return f"<div>{html.escape(repr(self))}{table}</div>"
+
+
+async def _close_sockets(namespaces: Sequence[Namespace], timeout: float, code: int, reason: str) -> None:
+    """Close every socket and wait until each ``on_close`` has run; after ``timeout`` seconds cut them off."""
+    gone = asyncio.Event()
+
+    def look() -> None:
+        if all(namespace.empty for namespace in namespaces):
+            gone.set()
+
+    look()
+    for namespace in namespaces:
+        everyone = list(namespace.sockets.values())
+        for i in range(0, len(everyone), _CLOSE_BATCH):
+            for socket in everyone[i : i + _CLOSE_BATCH]:
+                socket._connection.close(code, reason)
+            await asyncio.sleep(0)
+        namespace.when_empty(look)
+    try:
+        async with asyncio.timeout(timeout):
+            await gone.wait()
+    except TimeoutError:
+        left = [socket for namespace in namespaces for socket in namespace.leaving]
+        log.warning("%s sockets did not go in time and are cut off", len(left))
+        for socket in left:
+            socket._connection.cut_off()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await gone.wait()
+
+
+async def _close_http(http: HTTPServer) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            await http.close_all_connections()
 
 
 async def _until_loop_ends(server: AsenaServer) -> Any:
@@ -572,9 +669,8 @@ def _stop_all() -> None:
 def _close_in_child() -> None:
     """A forked child must not keep the parent's port and connections open."""
     for server in list(_running):
-        if server._http is not None:
-            for listener in server._http._sockets.values():
-                os.close(listener.detach())
+        for listener in server._listeners:
+            os.close(listener.detach())
         for namespace in server._namespaces.values():
             for socket in namespace.sockets.values():
                 socket._connection.channel.close_in_child()

@@ -214,6 +214,10 @@ class Hooks:
         """``ws.data.values``; raises pydantic's ``ValidationError`` when they do not fit ``T``."""
         return self._values.validate(given, from_query=from_query)
 
+    def plain_values(self, values: Any) -> Any:
+        """``ws.data.values`` without their type, for validating them as another."""
+        return self._values.plain(values)
+
 
 class _Values:
     """``T``, as a validator."""
@@ -239,6 +243,9 @@ class _Values:
             # In a query string a list of one looks like a plain value.
             given = {k: [v] if k in self._lists and not isinstance(v, list) else v for k, v in given.items()}
         return self._adapter.validate_python(given)
+
+    def plain(self, values: Any) -> Any:
+        return values if self._adapter is None else self._adapter.dump_python(values, by_alias=True, round_trip=True)
 
 
 def _list_fields(cls: type) -> frozenset[str]:
