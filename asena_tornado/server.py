@@ -28,6 +28,7 @@ from .connection.connection import serving
 from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop
+from .inspector import Inspector
 from .namespace import Namespace
 from .options import WebSocketOptions
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
@@ -127,6 +128,11 @@ class AsenaServer:
         if ":" in host:
             host = f"[{host}]"
         return f"{scheme}{'s' if self._ssl else ''}://{host}:{self.port}{path}"
+
+    @property
+    def inspector(self) -> Inspector:
+        """A view of the live sockets and rooms, with ways to act on them. See `Inspector`."""
+        return Inspector(self)
 
     # -- starting
 

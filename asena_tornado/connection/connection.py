@@ -266,6 +266,11 @@ class Connection:
         """Bytes queued and not yet taken by the system."""
         return self.channel.waiting + self._outbox.owed(self)
 
+    @property
+    def age(self) -> float:
+        """Seconds since it connected."""
+        return self._loop.time() - self.connected_at
+
     def ping(self, payload: bytes = b"") -> None:
         """Send a ping; an empty one measures the round trip."""
         if self.state is not ReadyState.OPEN:

@@ -1,0 +1,284 @@
+"""`Inspector`: a person's view of the running server, from any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import NamespaceNotFoundError, ServerStateError
+from ..messages import Message, encode
+from ..namespace import Exclude, Namespace, normalize_path
+from ..rooms import check_room
+from ..sockets import Socket
+from . import markup
+from .snapshots import (
+    Namespaces,
+    NamespaceSnapshot,
+    Receipt,
+    Rooms,
+    Sockets,
+    SocketSnapshot,
+    count,
+    full_id,
+    shown,
+    table_of,
+)
+
+if TYPE_CHECKING:
+    from ..server import AsenaServer
+
+R = TypeVar("R")
+
+_PATIENCE = 5.0  # seconds that a look or an action waits for the server's loop
+_GLANCE = 1.0  # seconds that a display waits before it shows what can be seen without the loop
+_SHOWN = 20
+
+
+class Inspector:
+    """Looks into the live sockets and rooms of a server, and acts on them. Looking changes nothing.
+
+    ``inspector["/chat"]`` has the same members for one namespace. From another thread than the server's, every
+    call waits for the server's loop, at most 5 seconds, then raises ``TimeoutError``. A socket is named by its id,
+    by the beginning of the id where that is unique (`SocketNotFoundError` otherwise), or by a snapshot of it.
+    """
+
+    def __init__(self, server: AsenaServer, *, namespace: str | None = None) -> None:
+        self._server = server
+        self._path = namespace
+
+    def __getitem__(self, namespace: str) -> Inspector:
+        path = normalize_path(namespace)
+        self._chosen(path)
+        return Inspector(self._server, namespace=path)
+
+    # -- looking
+
+    @property
+    def namespaces(self) -> Namespaces:
+        """Path to `NamespaceSnapshot`."""
+        return self._ask(lambda: Namespaces({n.path: NamespaceSnapshot.of(n) for n in self._scope()}))
+
+    @property
+    def sockets(self) -> Sockets:
+        """Id to `SocketSnapshot`, with ``.to_pandas()``; the beginning of an id is enough."""
+        return self._ask(
+            lambda: Sockets((SocketSnapshot.of(s) for n in self._scope() for s in n.sockets.values()), self._where)
+        )
+
+    @property
+    def rooms(self) -> Rooms:
+        """Room to the `Sockets` in it, with ``.to_pandas()``."""
+        return self._ask(self._rooms)
+
+    def _rooms(self) -> Rooms:
+        found = []
+        for namespace in self._scope():
+            seen: dict[Socket[Any], SocketSnapshot] = {}
+            for room, members in namespace.rooms.items():
+                found.append(
+                    (namespace.path, room, [seen.get(s) or seen.setdefault(s, SocketSnapshot.of(s)) for s in members])
+                )
+        return Rooms(found)
+
+    # -- acting
+
+    def to(
+        self, room: str | Iterable[str], data: object, *, exclude: Exclude = (), namespace: str | None = None
+    ) -> Receipt:
+        """Send to the room, or to several rooms (once to each socket).
+
+        With several namespaces, ``namespace`` says whose room; `NamespaceNotFoundError` names the choices.
+        """
+        rooms = (check_room(room),) if isinstance(room, str) else tuple(check_room(each) for each in room)
+        where = "room" if len(rooms) == 1 else "rooms"
+        return self._publish(rooms, data, exclude, namespace, f"{where} {', '.join(map(repr, rooms))} of ")
+
+    def in_(self, data: object, *, exclude: Exclude = (), namespace: str | None = None) -> Receipt:
+        """Send to everybody in the namespace; otherwise like `to`."""
+        return self._publish(None, data, exclude, namespace, "")
+
+    def _publish(
+        self, rooms: tuple[str, ...] | None, data: object, exclude: Exclude, path: str | None, where: str
+    ) -> Receipt:
+        message = encode(data)
+
+        def publish() -> Receipt:
+            namespace = self._one(path)
+            return _receipt(
+                namespace, lambda: namespace.publish(rooms, message, exclude=exclude), f"{where}{namespace.path}"
+            )
+
+        return self._ask(publish)
+
+    def send(self, id: str | SocketSnapshot, data: object) -> Receipt:
+        """Send to one socket."""
+        message: Message = encode(data)
+
+        def send() -> Receipt:
+            socket = self._socket(id)
+            return _receipt(
+                socket._namespace,
+                lambda: int(socket.send(message)),
+                f"{socket.id[:8]} in {socket.namespace}",
+                addressed=1,
+            )
+
+        return self._ask(send)
+
+    def join(self, id: str | SocketSnapshot, room: str) -> Receipt:
+        """Put the socket into the room."""
+        check_room(room)
+
+        def join() -> Receipt:
+            socket = self._socket(id)
+            if socket.is_subscribed(room):
+                return Receipt(0, f"{socket.id[:8]} was in {room!r} already")
+            socket.subscribe(room)
+            members = len(socket._namespace.index.members(room))
+            return Receipt(1, f"{socket.id[:8]} joined {room!r}, which has {count(members, 'socket')} now")
+
+        return self._ask(join)
+
+    def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
+        """Take the socket out of the room."""
+        check_room(room)
+
+        def leave() -> Receipt:
+            socket = self._socket(id)
+            if not socket.is_subscribed(room):
+                return Receipt(0, f"{socket.id[:8]} was not in {room!r}")
+            socket.unsubscribe(room)
+            members = len(socket._namespace.index.members(room))
+            return Receipt(1, f"{socket.id[:8]} left {room!r}, which has {count(members, 'socket')} now")
+
+        return self._ask(leave)
+
+    def disconnect(self, id: str | SocketSnapshot, code: int = 1000, reason: str = "") -> Receipt:
+        """Close the socket; ``code`` and ``reason`` as for `Socket.close`."""
+
+        def disconnect() -> Receipt:
+            socket = self._socket(id)
+            socket.close(code, reason)
+            return Receipt(1, f"{socket.id[:8]} is being closed with {code}{f': {reason}' if reason else ''}")
+
+        return self._ask(disconnect)
+
+    # -- finding
+
+    def _ask(self, work: Callable[[], R], *, timeout: float = _PATIENCE) -> R:
+        """Do it on the server's loop, and wait."""
+        door = self._server._open_door()
+        return work() if door.inside() else door.call(work, timeout=timeout)
+
+    @property
+    def _where(self) -> str:
+        return self._path or "the server"
+
+    def _mounted(self) -> Mapping[str, Namespace]:
+        return self._server._namespaces
+
+    def _chosen(self, path: str) -> Namespace:
+        mounted = self._mounted() or self._server.namespaces
+        if path in mounted:
+            return mounted[path]
+        raise NamespaceNotFoundError(f"no namespace {path!r}; there are: {_names(mounted)}")
+
+    def _scope(self) -> list[Namespace]:
+        return list(self._mounted().values()) if self._path is None else [self._chosen(self._path)]
+
+    def _one(self, path: str | None) -> Namespace:
+        """The namespace that is meant."""
+        if path is not None:
+            path = normalize_path(path)
+            if self._path not in (None, path):
+                raise NamespaceNotFoundError(f"this inspector is for {self._path!r} only, not for {path!r}")
+            return self._chosen(path)
+        scope = self._scope()
+        if len(scope) != 1:
+            raise NamespaceNotFoundError(
+                f"say which namespace: namespace=… is one of {_names(self._mounted())}"
+                if scope
+                else "the server has no namespaces"
+            )
+        return scope[0]
+
+    def _socket(self, id: str | SocketSnapshot) -> Socket[Any]:
+        wanted = id if isinstance(id, str) else id.id
+        found = {s.id: s for n in self._scope() for s in n.sockets.values() if s.id.startswith(wanted)}
+        return found[full_id(wanted, found, self._where)]
+
+    # -- showing itself
+
+    def __repr__(self) -> str:
+        return "\n".join(self._summary())
+
+    def _summary(self) -> list[str]:
+        name = f"Inspector of {self._path}" if self._path else "Inspector"
+        try:
+            self._server._open_door()
+        except ServerStateError as error:
+            return [f"<{name}: {error}>"]
+        # All of this can be read from any thread, and a repr must not wait.
+        scope = self._scope()
+        sockets, rooms = sum(len(n.sockets) for n in scope), sum(len(n.rooms) for n in scope)
+        lines = [f"<{name}: {count(len(scope), 'namespace')}, {count(sockets, 'socket')}, {count(rooms, 'room')}>"]
+        for n in scope[:_SHOWN]:
+            sizes = [(room, len(n.index.members(room))) for room in tuple(n.rooms)[:10]]
+            listed = ", ".join(f"{shown(room)!r} {size}" for room, size in sizes) + (", …" if len(n.rooms) > 10 else "")
+            lines.append(f"  {n.path}: {count(len(n.sockets), 'socket')}; rooms: {listed or 'none'}")
+        return lines
+
+    def _repr_html_(self) -> str:
+        """A static display, escaped and bounded."""
+        summary = f"<p><b>{markup.text(self._summary()[0].strip('<>'))}</b></p>"
+        try:
+            self._server._open_door()
+        except ServerStateError:
+            return markup.box(summary)
+        try:
+            parts = self._ask(self._tables, timeout=_GLANCE)
+        except TimeoutError as error:
+            # Reading is possible from here too; only not at one moment.
+            parts = [f"<p>{markup.text(str(error))}</p>", *self._tables()]
+        return markup.box(summary, *parts)
+
+    def _tables(self) -> list[str]:
+        parts = []
+        for n in self._scope()[:_SHOWN]:
+            rooms = tuple(n.rooms)
+            rows = [(shown(room), str(len(n.index.members(room)))) for room in rooms[:_SHOWN]]
+            sockets = tuple(n.sockets.values())
+            snapshots = [SocketSnapshot.of(socket) for socket in sockets[:_SHOWN]]
+            service = type(n.hooks.service).__name__
+            parts.append(
+                f"<p><b>{markup.text(n.path)}</b> {markup.text(service)}: "
+                f"{count(len(sockets), 'socket')}, {count(len(rooms), 'room')}</p>"
+                + markup.table(("room", "sockets"), rows, more=len(rooms) - len(rows))
+                + table_of(snapshots, len(sockets))
+            )
+        return parts
+
+
+def _receipt(namespace: Namespace, send: Callable[[], int], where: str, *, addressed: int | None = None) -> Receipt:
+    """Send now instead of at the turn's end, so that the slow sockets which did not take it are known."""
+    outbox = namespace.outbox
+    assert outbox is not None
+    outbox.flush()
+    before = namespace.dropped
+    number = send()
+    outbox.flush()
+    dropped = namespace.dropped - before
+    number = number - dropped if addressed is None else number
+    if number == 0 and not dropped:
+        return Receipt(0, f"sent to nobody: there are no sockets in {where}")
+    slow = f"; {count(dropped, 'socket')} too slow to take it" if dropped else ""
+    if addressed == 1:
+        return Receipt(number, f"{'sent' if number else 'not sent'} to {where}{slow}", dropped)
+    return Receipt(number, f"sent to {count(number, 'socket')} in {where}{slow}", dropped)
+
+
+def _names(paths: Iterable[str]) -> str:
+    return ", ".join(map(repr, paths)) or "none"
+
+
+__all__ = ["Inspector"]
