@@ -71,6 +71,8 @@ class Client:
         return self._closed is not None
 
     def _closed_error(self) -> ConnectionClosed:
+        # Also after the server has closed: only this tells Tornado's client that we are done with it.
+        self._connection.close()
         return ConnectionClosed(self._connection.close_code, self._connection.close_reason or "")
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
