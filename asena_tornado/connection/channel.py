@@ -38,12 +38,18 @@ class ChannelOwner(Protocol):
 
 
 class Channel(Protocol):
-    """One connection's bytes. ``waiting`` is how many the system has not taken yet."""
+    """One connection's bytes.
+
+    ``waiting`` is how many the system has not taken yet. ``send`` is the socket's own, for who writes to thousands
+    in a row and reports with `sent` what became of it; it is None whenever `write` has to be used instead.
+    """
 
     waiting: int
+    send: Callable[[bytes], int] | None
 
     def start(self, owner: ChannelOwner, received: bytes) -> None: ...
     def write(self, data: bytes) -> None: ...
+    def sent(self, data: bytes, size: int, error: OSError | None = None) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def finish(self) -> None: ...
@@ -55,13 +61,13 @@ class Channel(Protocol):
 class SocketChannel:
     """A plain TCP connection, read with ``recv_into`` and written with ``send``: no future, task or copy between."""
 
-    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_send", "_sock", "waiting")
+    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_sock", "send", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
-        self._send = sock.send
+        self.send: Callable[[bytes], int] | None = sock.send
         self._owner: ChannelOwner | None = None
         self._backlog: deque[memoryview | bytes] | None = None
         self._reading = False
@@ -91,26 +97,31 @@ class SocketChannel:
 
     def write(self, data: bytes) -> None:
         """Send now what the system takes, and the rest when it takes more."""
-        if self._backlog is None:
-            try:
-                sent = self._send(data)
-            except (BlockingIOError, InterruptedError):
-                sent = 0
-            except OSError as error:
-                # The caller may be in the middle of a room: let it finish before anybody is told.
-                self._loop.call_soon(self._lost, error)
-                return
-            if sent == len(data):
-                return
-            if self._fd < 0:
-                return
-            # A view, not a copy: thousands of slow members may wait for the same bytes.
-            self._backlog = deque((memoryview(data)[sent:],))
-            self.waiting = len(data) - sent
-            self._loop.add_writer(self._fd, self._writable)
+        if self.send is None:
+            if self._backlog is not None:
+                self._backlog.append(data)
+                self.waiting += len(data)
+            return
+        try:
+            size = self.send(data)
+        except OSError as error:
+            self.sent(data, 0, error)
         else:
-            self._backlog.append(data)
-            self.waiting += len(data)
+            if size != len(data):
+                self.sent(data, size)
+
+    def sent(self, data: bytes, size: int, error: OSError | None = None) -> None:
+        """``send`` took only ``size`` bytes, or raised: keep the rest."""
+        if error is not None and not isinstance(error, BlockingIOError | InterruptedError):
+            # The caller may be in the middle of a room: let it finish before anybody is told.
+            self.send = None
+            self._loop.call_soon(self._lost, error)
+            return
+        # A view, not a copy: thousands of slow members may wait for the same bytes.
+        self._backlog = deque((memoryview(data)[size:],))
+        self.waiting = len(data) - size
+        self.send = None
+        self._loop.add_writer(self._fd, self._writable)
 
     def _writable(self) -> None:
         backlog = self._backlog
@@ -118,9 +129,9 @@ class SocketChannel:
             return
         try:
             if len(backlog) == 1:
-                sent = self._send(backlog[0])
+                sent = self._sock.send(backlog[0])
             elif self.waiting < _JOIN_BELOW:
-                sent = self._send(b"".join(backlog))
+                sent = self._sock.send(b"".join(backlog))
             else:
                 sent = self._sock.sendmsg([backlog[i] for i in range(min(len(backlog), _VECTOR))])
         except (BlockingIOError, InterruptedError):
@@ -138,6 +149,7 @@ class SocketChannel:
             backlog.popleft()
         if not backlog:
             self._backlog = None
+            self.send = self._sock.send
             self._loop.remove_writer(self._fd)
             if self._ending == "close":
                 self._lost(None)
@@ -196,6 +208,7 @@ class SocketChannel:
             self._loop.remove_writer(self._fd)
             self._backlog = None
         self.waiting = 0
+        self.send = None
         self._fd = -1
         self._sock.close()
         owner, self._owner = self._owner, None
@@ -205,6 +218,8 @@ class SocketChannel:
 
 class StreamChannel:
     """The same over a Tornado stream: for TLS, and for loops that cannot watch a socket (Windows' proactor)."""
+
+    send = None  # there is more to do than to send
 
     def __init__(self, stream: IOStream) -> None:
         self._stream = stream
@@ -244,11 +259,14 @@ class StreamChannel:
         if not future.done():
             self.waiting += len(data)
             self._unsent.append(len(data))
-            future.add_done_callback(self._sent)
+            future.add_done_callback(self._written)
         elif future.exception() is not None:
             asyncio.get_running_loop().call_soon(self._closed)
 
-    def _sent(self, future: asyncio.Future[None]) -> None:
+    def sent(self, data: bytes, size: int, error: OSError | None = None) -> None:
+        """Never called, as ``send`` is None."""
+
+    def _written(self, future: asyncio.Future[None]) -> None:
         # Also marks an exception as seen: that the stream is closed is told by its close callback.
         if future.cancelled() or future.exception() is not None or self._gone:
             return

@@ -162,21 +162,38 @@ class Outbox:
         count = len(batch.messages)
         excluded = batch.excluded
         plain: bytes | None = None
+        size = batch.size
         for socket in batch.members:
             connection = socket._connection
             if excluded and socket in excluded:
                 skipped = excluded[socket]
-                data, owed = batch.share(connection, skipped, made), count - len(skipped)
-                if not owed:
-                    continue
-            elif connection.deflate is None:
-                if plain is None:
-                    plain = batch.share(connection, None, made)
-                data, owed = plain, count
+                if len(skipped) < count:
+                    self._write(connection, batch.share(connection, skipped, made), count - len(skipped))
+                continue
+            if connection.deflate is not None:
+                self._write(connection, batch.share(connection, None, made), count)
+                continue
+            if plain is None:
+                plain = batch.share(connection, None, made)
+            channel = connection.channel
+            send = channel.send
+            if send is None or connection.owed is not None:
+                self._write(connection, plain, count)
+                continue
+            # What `Connection.write` does, without the calls: this is where a broadcast spends its time.
+            try:
+                sent = send(plain)
+            except OSError as error:
+                channel.sent(plain, 0, error)
             else:
-                data, owed = batch.share(connection, None, made), count
-            if connection.owed is not None:
-                # It is already owed something that comes first; it is written with the others below.
-                self._owe(connection, data, owed)
-            else:
-                connection.write(data, owed)
+                if sent != size:
+                    channel.sent(plain, sent)
+            connection.messages_out += count
+            connection.bytes_out += size
+
+    def _write(self, connection: Connection, data: bytes, count: int) -> None:
+        if connection.owed is not None:
+            # It is already owed something that comes first; it is written with the others.
+            self._owe(connection, data, count)
+        else:
+            connection.write(data, count)
