@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
