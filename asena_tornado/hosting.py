@@ -94,6 +94,11 @@ class LoopDoor:
         """Nothing passes any more."""
         self._shut = True
 
+    @property
+    def is_shut(self) -> bool:
+        """Whether nothing passes any more."""
+        return self._shut
+
 
 async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
     result = work()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import errno
 import html
+import inspect
 import logging
 import os
 import signal
@@ -23,7 +25,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from .client import Client, connect
-from .connection import Endpoint, Outbox, websocket_routes
+from .connection import Endpoint, Outbox, Refusal, websocket_routes
 from .connection.connection import serving
 from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
@@ -172,7 +174,10 @@ class AsenaServer:
                             'hosting="kernel" needs a loop that runs already, as in a notebook; '
                             "elsewhere use server.start() or server.run()"
                         )
-                    in_empty_context(lambda: self._open_here(old))
+                    in_empty_context(lambda: self._open_in_background(old))
+            except concurrent.futures.CancelledError:
+                self._give_up()
+                raise ServerStateError("the server was stopped while it was starting") from None
             except BaseException:
                 self._give_up()
                 raise
@@ -192,17 +197,26 @@ class AsenaServer:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
         main = threading.current_thread() is threading.main_thread()
+        before: dict[signal.Signals, Any] = {}
+        signaled = False
 
         def stop_soon(*_: object) -> None:
-            loop.call_soon_threadsafe(self._close_soon)
+            # The first cancels the start or, once it serves, begins to drain; a second cancels the draining.
+            nonlocal signaled
+            signaled = True
+            loop.call_soon_threadsafe(task.cancel)
 
-        before: dict[signal.Signals, Any] = {}
         if main:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, stop_soon)
         try:
             await self.serve()
+        except asyncio.CancelledError:
+            if not signaled:
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -244,8 +258,9 @@ class AsenaServer:
         stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
         """
         app.add_handlers(r".*", self.routes())
-        if running_loop() is not None:
-            self._opening = asyncio.get_running_loop().create_task(self._open_mounted())
+        if running_loop() is not None and self._state not in ("starting", "running"):
+            self._begin("app")
+            in_empty_context(self._open_in_background)
         return self
 
     def routes(self) -> list[Any]:
@@ -255,8 +270,13 @@ class AsenaServer:
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
         async def find() -> Endpoint:
+            if self._state == "new":
+                self._begin("app")
+                in_empty_context(self._open_in_background)
+            if self._state == "starting" and self._opening is not None:
+                await asyncio.wait([self._opening])
             if self._state != "running":
-                await self._open_mounted()
+                raise Refusal(503, "the server is not running", headers={"Retry-After": "1"})
             return self._endpoints[path]
 
         return find
@@ -277,9 +297,8 @@ class AsenaServer:
         for listener in self._listeners:
             listener.close()
         self._listeners = []
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
+        self._opening = None
+        self._end_thread()
 
     def _build(self) -> None:
         """Build the components and their namespaces, once."""
@@ -335,11 +354,20 @@ class AsenaServer:
         return listeners
 
     async def _open(self) -> None:
-        self._prepare()
-        await self._container.start()
-        self._listen()
+        """In a task of its own, which a stop cancels."""
+        self._opening = asyncio.current_task()
+        if self._door is None or self._door.is_shut:
+            self._prepare()
+        try:
+            await self._container.start()
+            self._listen()
+        except BaseException:
+            assert self._door is not None
+            self._door.shut()
+            await self._container.stop()
+            raise
 
-    def _open_here(self, old: AsenaServer | None) -> None:
+    def _open_in_background(self, old: AsenaServer | None = None) -> None:
         """On a loop that runs this very code: what has to be awaited goes on in a task."""
         if old is None:
             self._prepare()
@@ -349,15 +377,16 @@ class AsenaServer:
 
         async def finish() -> None:
             try:
-                if old is None:
-                    await self._container.start()
-                    self._listen()
-                else:
-                    await self._replace(old)
+                await (self._open() if old is None else self._replace(old))
             except BaseException as error:
-                self._failure = error
                 self._give_up()
+                if not isinstance(error, Exception):
+                    raise  # stopped while it was starting
+                self._failure = error
                 log.exception("the server could not start")
+            else:
+                self._lifeline = _until_loop_ends(self)
+                await anext(self._lifeline)
 
         self._opening = asyncio.get_running_loop().create_task(finish())
 
@@ -424,19 +453,6 @@ class AsenaServer:
         await old._container.stop(successor=self._container)
         old._namespaces, old._endpoints, old._door, old._outbox = {}, {}, None, None
 
-    async def _open_mounted(self) -> None:
-        if self._state == "running":
-            return
-        if self._state in ("stopping", "stopped"):
-            raise ServerStateError("the server has stopped: nothing is served under its routes any more")
-        if self._opening is None or self._opening is asyncio.current_task():
-            self._begin("app")
-            await self._open()
-            self._lifeline = _until_loop_ends(self)
-            await anext(self._lifeline)
-        else:
-            await self._opening
-
     def _listen(self) -> None:
         if self._listeners:
             app = Application(self.routes(), log_function=_log_request)
@@ -459,20 +475,19 @@ class AsenaServer:
         Waits at most ``timeout`` seconds for the clients, then cuts them off. Stopping a stopped server changes
         nothing. From a handler it returns at once and the server stops as soon as it can.
         """
-        door = self._door
-        if self._state in ("new", "stopped", "replaced") or door is None:
+        if self._state in ("new", "replaced"):
             return
-        if threading.get_ident() == door.thread:
-            if serving.get() is not None or (self._thread is not None and self._thread.current):
+        door = self._door
+        if door is not None and not door.is_shut and door.inside():
+            if self._in_handler() or (self._thread is not None and self._thread.current):
                 self._close_soon(timeout)
             else:
                 run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
             return
         with self._lock:
-            if self._state in ("new", "stopped", "replaced"):
-                return
-            future = asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop)
-            future.result()
+            door = self._door
+            if self._state in ("starting", "running", "stopping") and door is not None:
+                asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop).result()
             self._end_thread()
 
     async def aclose(self, *, timeout: float = _STOP_TIMEOUT) -> None:
@@ -486,8 +501,13 @@ class AsenaServer:
             return
         self._close_soon(timeout)
         # A handler that waited here would wait for its own end.
-        if serving.get() is None and self._closing is not None:
+        if not self._in_handler() and self._closing is not None:
             await asyncio.shield(self._closing)
+
+    def _in_handler(self) -> bool:
+        """Whether it is a handler of this server that runs."""
+        connection = serving.get()
+        return connection is not None and connection.socket._namespace in self._namespaces.values()
 
     def _close_soon(self, timeout: float = _STOP_TIMEOUT) -> None:
         if self._closing is None and self._state in ("starting", "running"):
@@ -495,14 +515,18 @@ class AsenaServer:
             self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout)))
 
     def _end_thread(self) -> None:
-        thread, self._thread = self._thread, None
+        thread = self._thread
         if thread is not None:
             thread.stop()
+            if not thread.current:
+                self._thread = None
 
     async def _close(self, timeout: float) -> None:
-        for unfinished in (self._opening, self._retiring):
-            if unfinished is not None:
-                await asyncio.wait([unfinished])
+        if self._opening is not None and not self._opening.done():
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._retiring is not None:
+            await asyncio.wait([self._retiring])
         self._state = "stopping"
         _running.discard(self)
         try:
@@ -522,13 +546,9 @@ class AsenaServer:
             self._opening = self._closing = self._retiring = None
             self._state = "stopped"
             self._stopped.set()
-            if self._thread is not None and self._thread.current:
-                self._door.loop.call_soon(self._end_own_thread)
-
-    def _end_own_thread(self) -> None:
-        # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
-        if self._thread is not None:
-            self._thread.loop.call_later(0.05, self._end_thread)
+            if self._thread is not None:
+                # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
+                self._door.loop.call_later(0.05, self._thread.stop)
 
     # -- working with it
 
@@ -537,18 +557,21 @@ class AsenaServer:
 
         Raises what it raises, and ``TimeoutError`` after ``timeout`` seconds; an interrupted wait cancels it.
         """
-        door = self._open_door()
         function: Callable[[], Any] = work if callable(work) else lambda: work
-        if not door.inside():
-            return door.call(function, timeout=timeout)  # type: ignore[no-any-return]
-        if self._hosting == "thread" or serving.get() is not None:
-            if asyncio.iscoroutine(work):
+        try:
+            door = self._open_door()
+            if not door.inside():
+                return door.call(function, timeout=timeout)  # type: ignore[no-any-return]
+            if self._hosting == "thread" or self._in_handler():
+                raise ServerStateError("this is the server's own loop already: call the function, or await it")
+            result = function()
+            if isinstance(result, Awaitable):
+                return run_nested(door.loop, result, "await it instead")  # type: ignore[no-any-return]
+            return result  # type: ignore[no-any-return]
+        finally:
+            # A coroutine that never began would be complained about where it is collected, far from the error.
+            if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
                 work.close()
-            raise ServerStateError("this is the server's own loop already: call the function, or await it")
-        result = function()
-        if isinstance(result, Awaitable):
-            return run_nested(door.loop, result, "await it instead")  # type: ignore[no-any-return]
-        return result  # type: ignore[no-any-return]
 
     async def connect(
         self,
@@ -636,10 +659,12 @@ async def _close_http(http: HTTPServer) -> None:
 
 async def _until_loop_ends(server: AsenaServer) -> Any:
     """Closes the server when the loop shuts its asynchronous generators down, as ``asyncio.run`` does at its end."""
+    door = server._door
     try:
         yield
     finally:
-        await server.aclose()
+        if server._door is door:  # it has not been started anew on another loop
+            await server.aclose()
 
 
 def _paths(components: Sequence[Any]) -> tuple[str, ...]:
@@ -678,8 +703,13 @@ def _close_in_child() -> None:
         for listener in server._listeners:
             os.close(listener.detach())
         for namespace in server._namespaces.values():
-            for socket in namespace.sockets.values():
+            for socket in (*namespace.sockets.values(), *namespace.leaving):
                 socket._connection.channel.close_in_child()
+        # Nor may it try to stop what only the parent has.
+        if server._door is not None:
+            server._door.shut()
+        server._listeners, server._http, server._thread, server._state = [], None, None, "stopped"
+        _running.discard(server)
 
 
 atexit.register(_stop_all)
