@@ -7,7 +7,7 @@ JSON once, with pydantic's serializer.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
@@ -78,21 +78,20 @@ class Decoder:
     """Makes of a client's frame what ``on_message`` asks for by its annotation.
 
     ``str`` or nothing: the text. ``bytes``: the bytes. ``str | bytes``: either, as it came. Anything else is
-    parsed as JSON by pydantic, from a text or a binary frame.
+    parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is checked, but no JSON.
     """
 
-    __slots__ = ("_adapter", "_wants", "bytes_ok", "text_ok")
+    __slots__ = ("_adapter", "_raw", "_wants")
 
     def __init__(self, annotation: Any = str) -> None:
         if annotation is inspect.Parameter.empty or annotation is Any or annotation is None:
             annotation = str
-        self._wants = getattr(annotation, "__name__", None) or str(annotation)
-        parts = set(get_args(annotation)) if get_origin(annotation) in _UNIONS else {annotation}
+        self._wants = _shown(annotation)
+        parts = {_bare(part) for part in _parts(_bare(annotation))} - {type(None)}
+        # The kinds of frame that are taken as they are.
+        self._raw = tuple(parts) if parts <= {str, bytes} else None
         self._adapter: TypeAdapter[Any] | None = None
-        self.text_ok = str in parts
-        self.bytes_ok = bytes in parts
-        if not parts <= {str, bytes}:
-            self.text_ok = self.bytes_ok = False
+        if self._raw is None or get_origin(annotation) is Annotated:
             try:
                 self._adapter = TypeAdapter(annotation)
             except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
@@ -100,14 +99,17 @@ class Decoder:
 
     def decode(self, data: str | bytes) -> Any:
         """The value for a text (``str``) or binary (``bytes``) message; raises `InvalidMessageError`."""
-        if self._adapter is None:
-            if self.text_ok if isinstance(data, str) else self.bytes_ok:
+        raw, adapter = self._raw, self._adapter
+        if raw is not None:
+            if not isinstance(data, raw):
+                came, wanted = ("text", "binary") if isinstance(data, str) else ("binary", "text")
+                error = {"type": "frame_type", "loc": (), "msg": f"expected a {wanted} message, got a {came} one"}
+                raise InvalidMessageError(str(error["msg"]), errors=[error], raw=data)
+            if adapter is None:
                 return data
-            came, wanted = ("text", "binary") if isinstance(data, str) else ("binary", "text")
-            error = {"type": "frame_type", "loc": (), "msg": f"expected a {wanted} message, got a {came} one"}
-            raise InvalidMessageError(str(error["msg"]), errors=[error], raw=data)
+        assert adapter is not None
         try:
-            return self._adapter.validate_json(data)
+            return adapter.validate_json(data) if raw is None else adapter.validate_python(data)
         except ValidationError as invalid:
             errors = validation_errors(invalid)
             if errors and errors[0]["type"] == "json_invalid":
@@ -115,6 +117,19 @@ class Decoder:
             else:
                 message = f"the message is not a valid {self._wants}"
             raise InvalidMessageError(message, errors=errors, raw=data) from invalid
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in _UNIONS else (annotation,)
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _shown(annotation: Any) -> str:
+    parts = map(_bare, _parts(_bare(annotation)))
+    return " or ".join(p.__name__ if isinstance(p, type) and not get_args(p) else str(p) for p in parts)
 
 
 def validation_errors(invalid: ValidationError) -> list[dict[str, Any]]:
