@@ -2,6 +2,7 @@
 
 import logging
 
+from .broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
 from .client import Client, connect
 from .container import Inject, Service
 from .errors import (
@@ -31,6 +32,8 @@ __all__ = [
     "AsenaError",
     "AsenaServer",
     "AsenaWebSocketService",
+    "BulkOperation",
+    "BulkResult",
     "CircularDependencyError",
     "Client",
     "ConfigurationError",
@@ -50,11 +53,14 @@ __all__ = [
     "SocketClosedError",
     "SocketData",
     "SocketNotFoundError",
+    "Ulak",
     "UlakError",
     "UlakErrorCode",
+    "UlakNamespace",
     "WebSocket",
     "WebSocketOptions",
     "connect",
+    "ulak",
 ]
 
 # What a library logs is the application's to show; without this, errors would be spilled into notebook cells.

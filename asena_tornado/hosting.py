@@ -88,7 +88,19 @@ class LoopDoor:
         """Run on the loop and await the result, from any loop."""
         if self.inside():
             return await _complete(work)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_complete(work), self.loop))
+        completion = _complete(work)
+        try:
+            future = asyncio.run_coroutine_threadsafe(completion, self.loop)
+        except RuntimeError as error:
+            completion.close()
+            raise ServerStateError("the server's event loop is closed") from error
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._shut or (task is not None and task.cancelling()):
+                raise
+            raise ServerStateError("the server stopped before this was done") from None
 
     def shut(self) -> None:
         """Nothing passes any more."""

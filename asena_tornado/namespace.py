@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
 from .errors import ConfigurationError, ServerStateError, SocketClosedError
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asena_tornado")
 
+R = TypeVar("R")
+# Whose handler the current code runs for: a namespace's, or the controllers'; None outside of handlers.
+serving: ContextVar[object] = ContextVar("serving", default=None)
+
 Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str
 
 
@@ -31,6 +36,10 @@ class Door(Protocol):
 
     def run(self, function: Callable[..., object], *args: Any) -> None:
         """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
+        ...
+
+    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        """Run on the loop and await the result, from any loop."""
         ...
 
 
@@ -125,7 +134,7 @@ class Namespace:
 
         Returns how many sockets are addressed; from another thread, as seen at the time of the call.
         """
-        names = None if rooms is None else _room_names(rooms)
+        names = None if rooms is None else room_names(rooms)
         message = encode(data)
         excluded = self._excluded(exclude, origin)
         if self.door.inside():
@@ -267,7 +276,8 @@ class Namespace:
         return f"<Namespace {self.path}: {len(self._by_id)} sockets, {len(self.rooms)} rooms>"
 
 
-def _room_names(rooms: str | Iterable[str]) -> tuple[str, ...]:
+def room_names(rooms: str | Iterable[str]) -> tuple[str, ...]:
+    """One room or several, as a tuple of names. Raises `RoomNameError`."""
     if isinstance(rooms, str):
         return (check_room(rooms),)
     try:
@@ -286,6 +296,10 @@ class _ClosedDoor:
 
     def run(self, function: Callable[..., object], *args: Any) -> None:
         self.inside()
+
+    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        self.inside()
+        raise NotImplementedError  # inside() has raised
 
 
 _CLOSED_DOOR = _ClosedDoor()

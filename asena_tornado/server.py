@@ -24,6 +24,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
 
+from .broker import Ulak
 from .client import Client, connect
 from .connection import Endpoint, Outbox, Refusal, websocket_routes
 from .connection.connection import serving
@@ -72,6 +73,8 @@ class AsenaServer:
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
         self._container = Container(*components)
+        self._ulak = Ulak()
+        self._container.provide(Ulak, self._ulak)
         self._paths = _paths(components)
         self._wanted_port = port
         self._port: int | None = None
@@ -119,6 +122,11 @@ class AsenaServer:
         """Path to `Namespace`, as the container found them."""
         self._build()
         return dict(self._namespaces)
+
+    @property
+    def ulak(self) -> Ulak:
+        """The broker, which sends to any namespace by its path."""
+        return self._ulak
 
     def url(self, path: str = "/") -> str:
         """Where the path is: ``ws://…`` (``wss://…``) for a namespace, ``http://…`` (``https://…``) otherwise."""
@@ -291,6 +299,7 @@ class AsenaServer:
 
     def _give_up(self) -> None:
         self._state = "stopped"
+        self._ulak.close("the server could not start")
         if self._http is not None:
             self._http.stop()
             self._http = None
@@ -337,6 +346,7 @@ class AsenaServer:
             self._endpoints[path] = Endpoint(
                 self._door.loop, namespace, outbox=self._outbox, allowed_origins=self._allowed_origins
             )
+        self._ulak.open(self._door, self._namespaces.values())
 
     def _bind(self) -> list[sockets.socket]:
         try:
@@ -451,6 +461,7 @@ class AsenaServer:
         if http is not None:
             await _close_http(http)
         await old._container.stop(successor=self._container)
+        old._ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
         old._namespaces, old._endpoints, old._door, old._outbox = {}, {}, None, None
 
     def _listen(self) -> None:
@@ -541,6 +552,7 @@ class AsenaServer:
         finally:
             assert self._door is not None
             self._door.shut()
+            self._ulak.close("the server has stopped: call server.start() again")
             self._http = None
             self._listeners = []
             self._opening = self._closing = self._retiring = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, ForwardRef, Generic, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 from pydantic import BaseModel, TypeAdapter
@@ -166,13 +166,18 @@ def WebSocket(
 
 
 def spec_of(service: object) -> WebSocketSpec:
-    """The `WebSocketSpec` of a decorated service; raises `ConfigurationError` when it has none of its own."""
-    cls = service if isinstance(service, type) else type(service)
-    spec = vars(cls).get("__asena_websocket__")
-    if spec is None:
-        raise ConfigurationError(f'{cls.__name__} has no path: decorate it with @WebSocket("/…")')
-    assert isinstance(spec, WebSocketSpec)
-    return spec
+    """The `WebSocketSpec` of a decorated service, or of its base: a fake may do without a decorator of its own.
+
+    Raises `ConfigurationError` when there is none.
+    """
+    cls: Any = service if isinstance(service, type) else type(service)
+    for base in cls.__mro__:
+        spec = vars(base).get("__asena_websocket__")
+        if isinstance(spec, WebSocketSpec):
+            if cls.on_message is base.on_message:
+                return spec
+            return replace(spec, message_type=_resolve(_message_annotation(cls), cls.on_message, {}))
+    raise ConfigurationError(f'{cls.__name__} has no path: decorate it with @WebSocket("/…")')
 
 
 class Hooks:

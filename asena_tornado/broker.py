@@ -1,0 +1,404 @@
+"""`Ulak` (Turkish: courier) carries messages to namespaces by their path.
+
+It knows namespaces and not services, so what sends through it depends on no service. That breaks the circle of a
+domain service and a WebSocket service that need each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, field_serializer
+
+from .errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
+from .messages import Message, encode
+from .namespace import Door, Namespace, normalize_path, room_names
+
+if TYPE_CHECKING:
+    from .container import Container, Reference
+
+R = TypeVar("R")
+
+_SHOWN_PATHS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkOperation:
+    """One operation of `Ulak.bulk_send`, which checks it.
+
+    ``type``: ``"broadcast"``; ``"room"``, which needs ``room``, one name or several (once to each socket);
+    ``"socket"``, which needs ``socket_id``.
+    """
+
+    type: Literal["broadcast", "room", "socket"]
+    namespace: str
+    data: Any
+    room: str | Sequence[str] | None = None
+    socket_id: str | None = None
+
+
+class BulkOutcome(BaseModel):
+    """What became of one operation: ``ok``, how many sockets are ``addressed``, and its ``error`` or None."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    ok: bool
+    addressed: int = 0
+    error: UlakError | None = None
+
+    @field_serializer("error")
+    def _error_as_data(self, error: UlakError | None) -> dict[str, str | None] | None:
+        if error is None:
+            return None
+        return {"code": error.code, "namespace": error.namespace, "message": str(error)}
+
+
+class BulkResult(BaseModel):
+    """What became of a bulk: ``total``, ``succeeded``, ``failed``, and ``results`` in the order of the operations."""
+
+    model_config = ConfigDict(frozen=True)
+
+    total: int
+    succeeded: int
+    failed: int
+    results: tuple[BulkOutcome, ...]
+
+    def __repr__(self) -> str:
+        error = next((outcome.error for outcome in self.results if outcome.error is not None), None)
+        return f"<BulkResult: {self.succeeded} of {self.total} done{f'; first error: {error}' if error else ''}>"
+
+
+class Ulak:
+    """Sends to the namespaces of a server by their path: ``server.ulak``, or ``ulak: Ulak = Inject(Ulak)``.
+
+    The sending calls can be awaited on any loop: the server's, a notebook's, another thread's. They return how many
+    local sockets are addressed. What goes wrong is an `UlakError`: its ``code`` says what, its ``__cause__`` why.
+    All of them raise NAMESPACE_NOT_FOUND, INVALID_NAMESPACE (for what is no path), INVALID_MESSAGE (data that cannot
+    be encoded, no proper room) and SERVICE_NOT_INITIALIZED (the server does not run, or after `dispose`).
+    """
+
+    def __init__(self) -> None:
+        self._namespaces: dict[str, Namespace] = {}
+        self._door: Door | None = None
+        self._closed = "the server is not running: call server.start() first"  # said while there is no door
+        self._disposed = False
+
+    # -- sending
+
+    async def broadcast(self, namespace: str, data: object) -> int:
+        """Send to everybody in the namespace. Raises BROADCAST_FAILED when the delivery itself fails."""
+        return await self._run(self._broadcast(namespace, data))
+
+    async def to(self, namespace: str, room: str | Iterable[str], data: object) -> int:
+        """Send to everybody in the room, or in any of several rooms, once each.
+
+        Raises SEND_FAILED when the delivery itself fails.
+        """
+        return await self._run(self._to(namespace, room, data))
+
+    async def to_many(self, namespace: str, rooms: Iterable[str], data: object) -> int:
+        """Send to everybody in any of the rooms, once each; at least one room has to be given."""
+        return await self._run(self._to(namespace, rooms, data))
+
+    async def to_socket(self, namespace: str, socket_id: str, data: object) -> int:
+        """Send to one socket; returns 1.
+
+        Raises SOCKET_NOT_FOUND when none has the id, SEND_FAILED when too much waits for its client already.
+        """
+        return await self._run(self._to_socket(namespace, socket_id, data))
+
+    async def broadcast_all(self, data: object) -> int:
+        """Send to everybody in every namespace. All are tried before BROADCAST_FAILED is raised."""
+        self._check_running()
+        message = _encode(data)
+        deliveries = [self._broadcast(path, message) for path in self._namespaces]
+        outcomes = await self._run(lambda: [_outcome(deliver) for deliver in deliveries])
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        return sum(outcome.addressed for outcome in outcomes)
+
+    async def bulk_send(self, operations: Iterable[BulkOperation | Mapping[str, Any]]) -> BulkResult:
+        """Do several operations in order; each a `BulkOperation` or a mapping with its fields.
+
+        What is wrong with one is reported in its place and does not keep the others from being done. Raises only
+        when none can be: SERVICE_NOT_INITIALIZED, and INVALID_MESSAGE for a single operation instead of a list.
+        """
+        self._check_running()
+        if isinstance(operations, BulkOperation | Mapping):
+            raise UlakError("bulk_send takes a list of operations", code=UlakErrorCode.INVALID_MESSAGE)
+        # Checked and encoded on the caller's thread; then the loop does all of them in one turn.
+        planned: list[_Delivery | BulkOutcome] = []
+        for operation in operations:
+            try:
+                planned.append(self._planned(operation))
+            except UlakError as error:
+                planned.append(BulkOutcome(ok=False, error=error))
+        results = await self._run(lambda: tuple(p if isinstance(p, BulkOutcome) else _outcome(p) for p in planned))
+        succeeded = sum(outcome.ok for outcome in results)
+        return BulkResult(total=len(results), succeeded=succeeded, failed=len(results) - succeeded, results=results)
+
+    # -- namespaces
+
+    def namespace(self, path: str) -> UlakNamespace:
+        """The same calls for one namespace, which has to exist only when they are used.
+
+        Raises INVALID_NAMESPACE for what is no path.
+        """
+        return UlakNamespace(self, path)
+
+    def get_namespaces(self) -> list[str]:
+        """The paths of all namespaces."""
+        return list(self._namespaces)
+
+    def has_namespace(self, path: str) -> bool:
+        """Whether there is a namespace with this path. Raises INVALID_NAMESPACE for what is no path."""
+        return _valid(path) in self._namespaces
+
+    def get_socket_count(self, path: str) -> int:
+        """How many local sockets are connected to the namespace."""
+        return len(self._find(path).sockets)
+
+    def register_namespace(self, namespace: Namespace) -> None:
+        """Make the namespace reachable, as the server does. Raises NAMESPACE_ALREADY_EXISTS for another on its path."""
+        if self._namespaces.setdefault(namespace.path, namespace) is not namespace:
+            raise UlakError(
+                f"there is another namespace {namespace.path!r} already: call unregister_namespace() with it first",
+                code=UlakErrorCode.NAMESPACE_ALREADY_EXISTS,
+                namespace=namespace.path,
+            )
+
+    def unregister_namespace(self, path: str) -> None:
+        """Make the namespace unreachable through Ulak; its service and its clients carry on."""
+        del self._namespaces[self._find(path).path]
+
+    def dispose(self) -> None:
+        """Let go of all namespaces for good. From here on every call that needs one raises SERVICE_NOT_INITIALIZED."""
+        self.close("this Ulak is disposed")
+        self._disposed = True
+
+    def open(self, door: Door, namespaces: Iterable[Namespace]) -> None:
+        """Begin: called by the server as it starts."""
+        if not self._disposed:
+            self._door = door
+            for namespace in namespaces:
+                self.register_namespace(namespace)
+
+    def close(self, reason: str) -> None:
+        """Let go of all namespaces; whoever sends from here on is told the reason. Called by the server."""
+        self._door = None
+        self._namespaces.clear()
+        if not self._disposed:
+            self._closed = reason
+
+    def __repr__(self) -> str:
+        return f"<Ulak: {_shown(self._namespaces) or 'no namespaces'}>"
+
+    # -- from a call to its delivery
+
+    def _broadcast(self, path: str, data: object) -> _Delivery:
+        namespace = self._find(path)
+        message = _encode(data, namespace.path)
+        return _Delivery(namespace.path, UlakErrorCode.BROADCAST_FAILED, lambda: namespace.in_(message))
+
+    def _to(self, path: str, rooms: str | Iterable[str], data: object) -> _Delivery:
+        namespace = self._find(path)
+        try:
+            names = room_names(rooms)
+        except RoomNameError as error:
+            raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=namespace.path) from error
+        if not names:
+            raise UlakError(
+                "there is no room to send to: the list of rooms is empty; broadcast() reaches everybody",
+                code=UlakErrorCode.INVALID_MESSAGE,
+                namespace=namespace.path,
+            )
+        message = _encode(data, namespace.path)
+        return _Delivery(namespace.path, UlakErrorCode.SEND_FAILED, lambda: namespace.to(names, message))
+
+    def _to_socket(self, path: str, socket_id: str, data: object) -> _Delivery:
+        namespace = self._find(path)
+        message = _encode(data, namespace.path)
+
+        def deliver() -> int:
+            socket = namespace.sockets.get(socket_id)
+            if socket is None:
+                raise UlakError(
+                    f"no socket of {namespace.path!r} has the id {socket_id!r}; is it connected still?",
+                    code=UlakErrorCode.SOCKET_NOT_FOUND,
+                    namespace=namespace.path,
+                )
+            if not namespace.send_to(socket, message):
+                raise UlakError(
+                    f"{socket} did not take the message: its client reads too slowly, and all that may wait for it "
+                    "waits already (see WebSocketOptions.max_buffered_bytes)",
+                    code=UlakErrorCode.SEND_FAILED,
+                    namespace=namespace.path,
+                )
+            return 1
+
+        return _Delivery(namespace.path, UlakErrorCode.SEND_FAILED, deliver)
+
+    def _planned(self, given: object) -> _Delivery:
+        operation = _operation(given)
+        if operation.type == "broadcast":
+            return self._broadcast(operation.namespace, operation.data)
+        if operation.type == "room" and operation.room is not None:
+            return self._to(operation.namespace, operation.room, operation.data)
+        if operation.type == "socket" and operation.socket_id is not None:
+            return self._to_socket(operation.namespace, operation.socket_id, operation.data)
+        needed = {"room": "a room", "socket": "a socket_id"}.get(operation.type)
+        raise UlakError(
+            f"an operation of type {operation.type!r} needs {needed}"
+            if needed
+            else f"{operation.type!r} is no type of operation; there are 'broadcast', 'room' and 'socket'",
+            code=UlakErrorCode.INVALID_MESSAGE,
+            namespace=operation.namespace,
+        )
+
+    def _find(self, path: str) -> Namespace:
+        path = _valid(path)
+        self._check_running(path)
+        namespace = self._namespaces.get(path)
+        if namespace is None:
+            verb = "are" if len(self._namespaces) > 1 else "is"
+            raise UlakError(
+                f"no namespace {path!r}; there {verb} {_shown(self._namespaces) or 'none'}",
+                code=UlakErrorCode.NAMESPACE_NOT_FOUND,
+                namespace=path,
+            )
+        return namespace
+
+    def _check_running(self, path: str | None = None) -> Door:
+        if self._door is None:
+            raise UlakError(self._closed, code=UlakErrorCode.SERVICE_NOT_INITIALIZED, namespace=path)
+        return self._door
+
+    async def _run(self, work: Callable[[], R]) -> R:
+        door = self._check_running()
+        try:
+            return work() if door.inside() else await door.acall(work)
+        except ServerStateError as error:  # it stops just now
+            raise UlakError(str(error), code=UlakErrorCode.SERVICE_NOT_INITIALIZED) from error
+
+
+class UlakNamespace:
+    """One namespace as `Ulak` reaches it: the same calls, without the path; ``chat = Inject(ulak("/chat"))``."""
+
+    __slots__ = ("_ulak", "path")
+
+    def __init__(self, ulak: Ulak, path: str) -> None:
+        self._ulak = ulak
+        self.path = _valid(path)
+
+    async def broadcast(self, data: object) -> int:
+        """Send to everybody; see `Ulak.broadcast`."""
+        return await self._ulak.broadcast(self.path, data)
+
+    async def to(self, room: str | Iterable[str], data: object) -> int:
+        """Send to the room; see `Ulak.to`."""
+        return await self._ulak.to(self.path, room, data)
+
+    async def to_many(self, rooms: Iterable[str], data: object) -> int:
+        """Send to the rooms, once to each socket; see `Ulak.to_many`."""
+        return await self._ulak.to_many(self.path, rooms, data)
+
+    async def to_socket(self, socket_id: str, data: object) -> int:
+        """Send to one socket; see `Ulak.to_socket`."""
+        return await self._ulak.to_socket(self.path, socket_id, data)
+
+    def get_socket_count(self) -> int:
+        """How many local sockets are connected."""
+        return self._ulak.get_socket_count(self.path)
+
+    def __repr__(self) -> str:
+        return f"<UlakNamespace {self.path}>"
+
+
+def ulak(path: str) -> Reference[UlakNamespace]:
+    """What to inject for a namespace, without depending on its service: ``Inject(ulak("/chat"))``.
+
+    Raises INVALID_NAMESPACE for what is no path. Whether there is such a namespace matters when it is used.
+    """
+    return _NamespaceReference(_valid(path))
+
+
+@dataclass(frozen=True, slots=True)
+class _NamespaceReference:
+    path: str
+
+    def resolve(self, container: Container, /) -> UlakNamespace:
+        return container.get(Ulak).namespace(self.path)
+
+    def __repr__(self) -> str:
+        return f'ulak("{self.path}")'
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """A checked call, to be made on the server's loop."""
+
+    path: str
+    failure: UlakErrorCode
+    deliver: Callable[[], int]
+
+    def __call__(self) -> int:
+        try:
+            return self.deliver()
+        except (UlakError, ServerStateError):
+            raise
+        except Exception as error:  # whatever a connection or a transport comes up with
+            raise UlakError(
+                f"the delivery to {self.path!r} failed: {type(error).__name__}: {error}",
+                code=self.failure,
+                namespace=self.path,
+            ) from error
+
+
+def _outcome(deliver: _Delivery) -> BulkOutcome:
+    try:
+        return BulkOutcome(ok=True, addressed=deliver())
+    except UlakError as error:
+        return BulkOutcome(ok=False, error=error)
+
+
+def _operation(given: object) -> BulkOperation:
+    if isinstance(given, BulkOperation):
+        return given
+    if not isinstance(given, Mapping):
+        what = f"a bulk operation is a BulkOperation or a mapping with its fields, not {type(given).__name__}"
+        raise UlakError(what, code=UlakErrorCode.INVALID_MESSAGE)
+    try:
+        return BulkOperation(**{"namespace": None, **given})
+    except TypeError as error:
+        what = str(error).removeprefix("BulkOperation.__init__() ")
+        raise UlakError(f"no bulk operation: {what}", code=UlakErrorCode.INVALID_MESSAGE) from error
+
+
+def _valid(path: object) -> str:
+    try:
+        return normalize_path(path)
+    except ConfigurationError as error:
+        raise UlakError(
+            str(error),
+            code=UlakErrorCode.INVALID_NAMESPACE,
+            namespace=path if isinstance(path, str) else None,
+        ) from error
+
+
+def _encode(data: object, path: str | None = None) -> Message:
+    try:
+        return encode(data)
+    except EncodeError as error:
+        raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=path) from error
+
+
+def _shown(paths: Iterable[str]) -> str:
+    paths = list(paths)
+    more = f" and {len(paths) - _SHOWN_PATHS} more" if len(paths) > _SHOWN_PATHS else ""
+    return ", ".join(map(repr, paths[:_SHOWN_PATHS])) + more
+
+
+__all__ = ["BulkOperation", "BulkOutcome", "BulkResult", "Ulak", "UlakNamespace", "ulak"]
