@@ -30,7 +30,7 @@ from typing import Literal
 Dialect = Literal["websocket", "socket.io"]
 
 READY = b"ready"  # what a server sends to a client once it is in the room
-PATIENCE = 30.0  # seconds to wait for anything a server owes us before the run counts as failed
+PATIENCE = 30.0  # seconds to wait for what a server owes us before the run counts as failed
 LIFETIME = 300  # seconds after which a generator or a server ends by itself, whatever happened to its parent
 
 
@@ -167,9 +167,7 @@ class Client:
     KEY = "AAAAAAAAAAAAAAAAAAAAAA=="
     ACCEPT = b"ICX+Yqv66kxgM0FcWaLWlFLwTAI="  # base64(sha1(KEY + the GUID of RFC 6455 §1.3))
 
-    def __init__(
-        self, port: int, path: str, dialect: Dialect = "websocket", *, compress: bool = False
-    ) -> None:
+    def __init__(self, port: int, path: str, dialect: Dialect = "websocket", *, compress: bool = False) -> None:
         self.dialect = dialect
         self.path = path
         self.frame_size = 0  # bytes on the wire of the message read last
@@ -228,10 +226,11 @@ class Client:
             raise LoadError(f"the server sent {message[:80]!r} where {start!r} was due")
 
     def _message(self) -> bytes:
+        patience = time.monotonic() + PATIENCE  # in all: a server that pings may still have stopped answering
         while True:
-            while (found := header(self._data, 0, len(self._data))) is None or len(self._data) < sum(
-                found[1:]
-            ):
+            while (found := header(self._data, 0, len(self._data))) is None or len(self._data) < sum(found[1:]):
+                if time.monotonic() > patience:
+                    raise LoadError(f"no message for {PATIENCE:.0f} s")
                 self._read_more()
             first, length, size = found
             payload, self._data = self._data[length : length + size], self._data[length + size :]
@@ -244,11 +243,7 @@ class Client:
             elif first & 0x0F < 0x8:
                 self.frame_size = length + size
                 self.compressed = bool(first & 0x40)
-                return (
-                    zlib.decompressobj(-15).decompress(payload + b"\0\0\xff\xff")
-                    if self.compressed
-                    else payload
-                )
+                return zlib.decompressobj(-15).decompress(payload + b"\0\0\xff\xff") if self.compressed else payload
 
     def _read_more(self) -> None:
         try:
@@ -273,10 +268,7 @@ def connect(count: int, case: Case, port: int, dialect: Dialect) -> list[Client]
     """`count` clients of the case, each in its room; 64 at a time, which every listen backlog can hold."""
     clients: list[Client] = []
     while len(clients) < count:
-        batch = [
-            Client(port, case.path, dialect, compress=case.compress)
-            for _ in range(min(64, count - len(clients)))
-        ]
+        batch = [Client(port, case.path, dialect, compress=case.compress) for _ in range(min(64, count - len(clients)))]
         for client in batch:
             client.request()
         for client in batch:
@@ -291,7 +283,7 @@ def connect(count: int, case: Case, port: int, dialect: Dialect) -> list[Client]
 def check(clients: list[Client], case: Case) -> int:
     """See, message by message, that the server does what the case is about. Returns the bytes one takes."""
     payloads = [text(case.payload, seed) for seed in (1, 2, 0)]
-    senders = clients if case.kind in ("echo", "round-trip") else clients[:1]
+    senders = clients if case.path == "echo" else clients[:1]
     for payload in payloads:
         for client in senders:
             client.send(payload)
@@ -322,9 +314,7 @@ class Wire:
         self._socks = {client.sock.fileno(): client.sock for client in clients}
         self._recv = {fd: sock.recv_into for fd, sock in self._socks.items()}
         self._cut: dict[int, bytes] = {}  # the start of a frame whose header has not arrived whole
-        self._owed: dict[
-            int, tuple[int, int]
-        ] = {}  # payload bytes still to come of a frame, and 1 if it is a message
+        self._owed: dict[int, tuple[int, int]] = {}  # payload bytes still to come of a frame, and 1 if it is a message
         self._unsent: dict[int, bytes] = {}
         self._looked = self._found = 0
         # One byte more than whole frames: a read that fills it is never taken for all there was.
@@ -397,9 +387,7 @@ class Wire:
             while at < end:
                 found = header(data, at, end)
                 # What may want an answer (control frames, Engine.IO's one-byte ping) is looked at whole.
-                if found is None or (
-                    end - at < found[1] + found[2] <= 127 and (found[0] & 0x08 or found[2] == 1)
-                ):
+                if found is None or (end - at < found[1] + found[2] <= 127 and (found[0] & 0x08 or found[2] == 1)):
                     self._cut[fd] = bytes(data[at:end])
                     break
                 first, length, payload = found
@@ -508,9 +496,7 @@ def measure_fan_out(wire: Wire, case: Case, frame: bytes, seconds: float, pid: i
     while finished < published and time.perf_counter() < patience:
         step()
     if finished < published:
-        raise LoadError(
-            f"{published * len(received) - total} of {published * len(received)} messages never arrived"
-        )
+        raise LoadError(f"{published * len(received) - total} of {published * len(received)} messages never arrived")
     if total > published * len(received):
         raise LoadError("some messages arrived twice")
     return result
@@ -633,13 +619,12 @@ def measure_memory(case: Case, port: int, dialect: Dialect, pid: int | None) -> 
         with open(f"/proc/{pid}/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
-    clients = connect(
-        min(100, case.sockets), case, port, dialect
-    )  # what a server loads once is not the connections'
+    clients = connect(min(100, case.sockets), case, port, dialect)  # what a server loads once is not the connections'
     clock = Stopwatch(0.0, pid)
     before = resident()
     clients += connect(case.sockets, case, port, dialect)
     result = clock.result((resident() - before) / case.sockets)
+    check(clients, case)  # that they are all still there
     for client in clients:
         client.sock.close()
     return result
@@ -706,9 +691,7 @@ def run(case: Case, port: int, dialect: Dialect, seconds: float, pid: int | None
         "chat": measure_chat,
         "echo": measure_echo,
     }[case.kind]
-    return measure(
-        Wire(clients, size), case, message_frame(dialect, case.path, text(case.payload)), seconds, pid
-    )
+    return measure(Wire(clients, size), case, message_frame(dialect, case.path, text(case.payload)), seconds, pid)
 
 
 def main() -> None:

@@ -335,9 +335,7 @@ def picows(port: int) -> None:
 def bun(port: int) -> None:
     executable = shutil.which("bun")
     assert executable is not None
-    os.execv(
-        executable, [executable, str(Path(__file__).with_name("bun_server.js")), str(port), str(LIFETIME)]
-    )
+    os.execv(executable, [executable, str(Path(__file__).with_name("bun_server.js")), str(port), str(LIFETIME)])
 
 
 def installed(distribution: str) -> str | None:
@@ -363,16 +361,12 @@ class Peer:
         if self.name == "bun":
             return None if shutil.which("bun") else "no bun on PATH; npm install --global bun"
         absent = [name for name in self.requires if installed(name) is None]
-        wanted = " ".join(
-            ["pip install -e '.[bench]'", *(name for name in absent if name != "asena_tornado")]
-        )
+        wanted = " ".join(["pip install -e '.[bench]'", *(name for name in absent if name != "asena_tornado")])
         return f"no {', '.join(absent)}; {wanted}" if absent else None
 
     def version(self) -> str:
         if self.name == "bun":
-            return subprocess.run(
-                ["bun", "--version"], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            return subprocess.run(["bun", "--version"], capture_output=True, text=True, check=True).stdout.strip()
         return ", ".join(f"{name} {installed(name)}" for name in self.requires)
 
     def cannot(self, case: Case) -> str | None:
