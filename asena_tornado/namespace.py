@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
 from .errors import ConfigurationError, ServerStateError, SocketClosedError
+from .events import EventLog
 from .messages import Message, encode
 from .rooms import RoomIndex, RoomsView, check_room
 from .sockets import ReadyState, Socket
@@ -102,6 +103,7 @@ class Namespace:
         self.door: Door = _CLOSED_DOOR
         self.outbox: FanOut | None = None
         self.index: RoomIndex[Socket[Any]] = RoomIndex()
+        self.events = EventLog(path)
         self.dropped = 0  # messages refused by the limit on waiting bytes
         self._by_id: dict[str, Socket[Any]] = {}
         # Everybody, as the outbox needs it: the members of the namespace.
@@ -158,6 +160,8 @@ class Namespace:
                 if socket in members:
                     count -= 1
         if count:
+            if self.events.watched:
+                self.events.sent(None, names or (), message, count)
             self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
         return count
 
@@ -190,6 +194,7 @@ class Namespace:
         if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self.index.join(socket, room)
+            self.events.record("joined", socket.id, rooms=(room,))
 
     def leave(self, socket: Socket[Any], room: str) -> None:
         """Take the socket out of the room, from any thread."""
@@ -202,6 +207,7 @@ class Namespace:
         elif room in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self.index.leave(socket, room)
+            self.events.record("left", socket.id, rooms=(room,))
 
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
         """The names of the rooms the socket is in."""
@@ -216,6 +222,7 @@ class Namespace:
         for connections from now on.
         """
         old, self.hooks, self.options = self.hooks, hooks, options
+        self.events.record("replaced", detail=f"{type(hooks.service).__name__} is new code now")
         for socket in list(self._by_id.values()):
             try:
                 values = hooks.values(old.plain_values(socket.data.values), from_query=False)
@@ -232,8 +239,9 @@ class Namespace:
         self.outbox.seal(self._everyone)  # type: ignore[union-attr]  # the door is open
         self._by_id[socket.id] = socket
         self._everyone[socket] = None
+        self.events.record("connected", socket.id, detail=socket.remote_address)
 
-    def release(self, socket: Socket[Any]) -> None:
+    def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """The socket is addressed no more; ``on_close`` has still to run."""
         outbox = self.outbox
         assert outbox is not None
@@ -245,6 +253,7 @@ class Namespace:
         del self._everyone[socket]
         del self._by_id[socket.id]
         self._leaving[socket] = None
+        self.events.record("closed", socket.id, rooms=tuple(socket._left_rooms), code=code, detail=reason)
 
     def forget(self, socket: Socket[Any]) -> None:
         """``on_close`` has run: nothing of the socket is left."""

@@ -552,6 +552,8 @@ class AsenaServer:
         finally:
             assert self._door is not None
             self._door.shut()
+            for namespace in self._namespaces.values():
+                namespace.events.end()
             self._ulak.close("the server has stopped: call server.start() again")
             self._http = None
             self._listeners = []

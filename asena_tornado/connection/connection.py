@@ -45,6 +45,7 @@ class Connection:
         "_background",
         "_close_timer",
         "_code",
+        "_events",
         "_grace_timer",
         "_inbox",
         "_inbox_size",
@@ -58,6 +59,7 @@ class Connection:
         "_overflowing",
         "_parser",
         "_reason",
+        "_stalled",
         "_stopping",
         "_task",
         "_wake",
@@ -98,6 +100,7 @@ class Connection:
         self.socket = socket
         self.channel = channel
         self._namespace = namespace
+        self._events = namespace.events
         self._options = options
         self._outbox = outbox
         self._keepalive = keepalive
@@ -111,6 +114,7 @@ class Connection:
         self._reason = ""
         self._lost = False
         self._overflowing = False
+        self._stalled = False
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -157,6 +161,8 @@ class Connection:
         if self.state is not ReadyState.OPEN:
             return
         self.messages_in += 1
+        if self._events.watched:
+            self._events.received(self.socket.id, data)
         self.message_at = self._keepalive.now
         self._inbox.append(data)
         self._inbox_size += len(data)
@@ -197,6 +203,7 @@ class Connection:
 
     def channel_drained(self) -> None:
         """Everything that waited has been taken by the system."""
+        self._stalled = False
         if self.state is ReadyState.OPEN:
             self._notify(self._namespace.hooks.drain)
 
@@ -225,6 +232,8 @@ class Connection:
         if waiting and waiting + self.owed_size + len(data) > self._limit:
             self._overflow(1)
             return False
+        if self._events.watched:
+            self._events.sent(self.socket.id, (), message, 1)
         self._outbox.send(self, data)
         return True
 
@@ -284,6 +293,9 @@ class Connection:
         """The client reads too slowly: drop what is newest, or close."""
         self.dropped += count
         self._namespace.dropped += count
+        if not self._stalled:
+            self._stalled = True
+            self._events.record("dropped", self.socket.id, detail=f"{self.channel.waiting} bytes wait already")
         if self._options.slow_client_policy == "close" and not self._overflowing:
             self._overflowing = True
             # Not now: somebody is going through a room's members.
@@ -343,7 +355,7 @@ class Connection:
     def _leave(self) -> None:
         """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
         if self.state is ReadyState.OPEN:
-            self._namespace.release(self.socket)
+            self._namespace.release(self.socket, self._code or 1006, self._reason)
 
     def _end(self) -> None:
         """No more messages will come. Let the handler finish what did come, but not for ever."""
@@ -400,7 +412,7 @@ class Connection:
                     if result is not None and isawaitable(result):
                         await result
                 except InvalidMessageError as error:
-                    self.last_error = f"{type(error).__name__}: {error}"
+                    self._note(error)
                     await self._run(hooks.invalid, socket, error)
                 except (Exception, asyncio.CancelledError) as error:
                     await self._handler_failed(error)
@@ -434,7 +446,7 @@ class Connection:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise error  # it is we who are cancelled, not something the handler waited for
-        self.last_error = f"{type(error).__name__}: {error}"
+        self._note(error)
         if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
             log.info("%s: its client went away while a handler was running: %s", self.socket, error)
         else:
@@ -446,6 +458,10 @@ class Connection:
         except Exception as second:
             log.error("%s: on_error failed as well", self.socket, exc_info=second)
             self.close(1011, "internal error")
+
+    def _note(self, error: BaseException) -> None:
+        self.last_error = f"{type(error).__name__}: {error}"
+        self._events.record("error", self.socket.id, detail=self.last_error)
 
     def _notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""

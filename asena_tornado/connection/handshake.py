@@ -84,8 +84,8 @@ class HandshakeHandler(WebSocketHandler):
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
+        endpoint = await self._find_endpoint()
         try:
-            endpoint = await self._find_endpoint()
             key = self._check_request()
             self._check_origin(endpoint)
             self._check_capacity(endpoint)
@@ -104,6 +104,9 @@ class HandshakeHandler(WebSocketHandler):
             # Others may have connected while middleware was waiting.
             self._check_capacity(endpoint)
         except Refusal as refusal:
+            endpoint.namespace.events.record(
+                "refused", code=refusal.status, detail=f"{refusal} (from {self.request.remote_ip})"
+            )
             self._answer(refusal)
             return
         data = SocketData(str(uuid4()), endpoint.namespace.path, query, values)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import NamespaceNotFoundError, ServerStateError
+from ..events import Event, Tap
 from ..messages import Message, encode
 from ..namespace import Exclude, Namespace, normalize_path
 from ..rooms import check_room
 from ..sockets import Socket
 from . import markup
 from .snapshots import (
+    Events,
     Namespaces,
     NamespaceSnapshot,
     Receipt,
@@ -25,12 +27,14 @@ from .snapshots import (
 )
 
 if TYPE_CHECKING:
+    from ..broker import Ulak
     from ..server import AsenaServer
 
 R = TypeVar("R")
 
 _PATIENCE = 5.0  # seconds that a look or an action waits for the server's loop
 _GLANCE = 1.0  # seconds that a display waits before it shows what can be seen without the loop
+_WATCH = 60.0  # seconds that messages are recorded after somebody asked for events
 _SHOWN = 20
 
 
@@ -79,6 +83,48 @@ class Inspector:
                     (namespace.path, room, [seen.get(s) or seen.setdefault(s, SocketSnapshot.of(s)) for s in members])
                 )
         return Rooms(found)
+
+    def events(
+        self, n: int = 50, *, namespace: str | None = None, room: str | None = None, socket: str | None = None
+    ) -> Events:
+        """The last ``n`` events, oldest first: of a namespace, a room or a socket (the beginning of its id).
+
+        What is rare (clients coming and going, rooms, refused handshakes, errors, drops) is always recorded, the
+        last 1000 per namespace. Messages are recorded only while somebody looks, because recording them costs time:
+        while a `tap` or the live view is open, and for a minute after this call; at most 2000 a second.
+        """
+        wanted = _filter(room, socket)
+
+        def look() -> Events:
+            found: list[Event] = []
+            for each in self._some(namespace):
+                each.events.watch(_WATCH)
+                found += each.events.latest(n, wanted)
+            return Events(sorted(found)[-n:] if n > 0 else ())
+
+        return self._ask(look)
+
+    def tap(
+        self,
+        room: str | None = None,
+        *,
+        namespace: str | None = None,
+        socket: str | None = None,
+        limit: int = 1000,
+    ) -> Tap:
+        """Events as they happen: ``async for event in inspector.tap("tech")``, on any loop.
+
+        Filters as for `events`. It never slows the server: a reader that is behind by ``limit`` events loses the
+        oldest, and ``tap.dropped`` counts them. It ends with the server, with ``tap.close()``, or when forgotten.
+        """
+        tap = Tap(_filter(room, socket), limit=limit)
+        self._ask(lambda: tap.follow(each.events for each in self._some(namespace)))
+        return tap
+
+    @property
+    def ulak(self) -> Ulak:
+        """The broker, which sends to any namespace of the server by its path."""
+        return self._server.ulak
 
     # -- acting
 
@@ -186,6 +232,9 @@ class Inspector:
     def _scope(self) -> list[Namespace]:
         return list(self._mounted().values()) if self._path is None else [self._chosen(self._path)]
 
+    def _some(self, path: str | None) -> list[Namespace]:
+        return self._scope() if path is None else [self._one(path)]
+
     def _one(self, path: str | None) -> Namespace:
         """The namespace that is meant."""
         if path is not None:
@@ -275,6 +324,15 @@ def _receipt(namespace: Namespace, send: Callable[[], int], where: str, *, addre
     if addressed == 1:
         return Receipt(number, f"{'sent' if number else 'not sent'} to {where}{slow}", dropped)
     return Receipt(number, f"sent to {count(number, 'socket')} in {where}{slow}", dropped)
+
+
+def _filter(room: str | None, socket: str | None) -> Callable[[Event], bool]:
+    if room is not None:
+        check_room(room)
+    return lambda event: (
+        (room is None or room in event.rooms)
+        and (socket is None or (event.socket is not None and event.socket.startswith(socket)))
+    )
 
 
 def _names(paths: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, NamespaceNotFoundError, SocketNotFoundError
+from ..events import Event
 from ..namespace import Namespace
 from ..sockets import Socket
 from . import markup
@@ -220,6 +221,29 @@ class Namespaces(dict[str, NamespaceSnapshot]):
         rows = [(n.path, n.service, str(n.sockets), str(n.rooms), str(n.dropped)) for n in list(self.values())[:_SHOWN]]
         heads = ("namespace", "service", "sockets", "rooms", "dropped")
         return markup.box(markup.table(heads, rows, more=len(self) - len(rows)))
+
+
+class Events(tuple[Event, ...]):
+    """`Event`s, oldest first."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per event, indexed by its number."""
+        columns = [*Event._fields, "at"]
+        return _frame([[*event, event.at] for event in self], columns).drop(columns="time").set_index("number")
+
+    def __repr__(self) -> str:
+        return "\n".join([f"<{count(len(self), 'event')}>", *(f"  {event!r}" for event in self[-100:])])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"{event.at.astimezone():%H:%M:%S}", event.namespace, (event.socket or "")[:8], event.sentence)
+            for event in self[-100:]
+        ]
+        return markup.box(
+            f"<p>{count(len(self), 'event')}</p>", markup.table(("time", "namespace", "socket", ""), rows)
+        )
 
 
 @dataclass(frozen=True, slots=True, repr=False)

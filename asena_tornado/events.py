@@ -1,0 +1,306 @@
+"""What happened: a bounded memory of it, and `Tap`, which follows it live. Pure: it knows no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Literal, NamedTuple
+
+from .messages import Message
+
+EventKind = Literal[
+    "connected", "closed", "joined", "left", "received", "sent", "refused", "error", "dropped", "replaced"
+]
+
+# Of one namespace. Past this, looking at the traffic would slow it down; what is left out is counted.
+_MESSAGES_PER_SECOND = 2000
+_PREVIEW = 120  # characters of a message that are kept
+# One order for the events of all namespaces.
+_numbers = itertools.count(1)
+
+
+class Event(NamedTuple):
+    """One thing that happened.
+
+    ``kind``: "connected", "closed", "joined", "left", "received" (a message from a client), "sent" (a message to
+    ``sockets`` clients), "refused" (a handshake), "error" (of a handler, or a message it cannot take), "dropped"
+    (a client got too slow for its messages), "replaced" (new code took over).
+    ``socket``: an id, or None when it is about no single one. ``rooms``: those concerned; of a closed socket, those
+    it was in. ``code``: of the close, or the HTTP status of a refusal. ``size``: bytes of the message.
+    ``detail``: a reason, an error, or the beginning of the message.
+    """
+
+    number: int
+    time: float
+    kind: EventKind
+    namespace: str
+    socket: str | None = None
+    rooms: tuple[str, ...] = ()
+    code: int | None = None
+    size: int | None = None
+    sockets: int | None = None
+    detail: str = ""
+
+    @property
+    def at(self) -> datetime:
+        """When, with its time zone (UTC)."""
+        return datetime.fromtimestamp(self.time, UTC)
+
+    @property
+    def sentence(self) -> str:
+        """What happened, in words."""
+        rooms = ", ".join(map(repr, self.rooms[:5])) + (", …" if len(self.rooms) > 5 else "")
+        detail = f": {self.detail}" if self.detail else ""
+        match self.kind:
+            case "joined" | "left":
+                return f"{self.kind} {rooms}"
+            case "closed":
+                return f"closed with {self.code}{detail}"
+            case "received":
+                return f"received {self.size} bytes{detail}"
+            case "sent":
+                to = "" if self.socket else f" to {rooms or 'everybody'} (sockets: {self.sockets})"
+                return f"sent {self.size} bytes{to}{detail}"
+            case "refused":
+                return f"refused a handshake with {self.code}{detail}"
+            case _:
+                return f"{self.kind}{detail}"
+
+    def __repr__(self) -> str:
+        who = f" {self.socket[:8]}" if self.socket else ""
+        return f"{self.at.astimezone():%H:%M:%S} {self.namespace}{who} {self.sentence}"
+
+
+class EventLog:
+    """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept.
+
+    What is rare (coming and going, rooms, errors) is always recorded. Messages are recorded only while somebody
+    looks, which is ``watched``: the one thing that the way of every message has to ask.
+    """
+
+    __slots__ = (
+        "_budget",
+        "_lock",
+        "_messages",
+        "_path",
+        "_refill_at",
+        "_story",
+        "_taps",
+        "_until",
+        "skipped",
+        "watched",
+    )
+
+    def __init__(self, path: str, *, limit: int = 1000) -> None:
+        self._path = path
+        # Apart, so that traffic does not push out the last error.
+        self._story: deque[Event] = deque(maxlen=limit)
+        self._messages: deque[Event] = deque(maxlen=limit)
+        self._taps: tuple[weakref.ref[Tap], ...] = ()
+        self._lock = threading.Lock()  # taps come and go on any thread
+        self._until = self._refill_at = 0.0
+        self._budget = 0
+        self.watched = False
+        self.skipped = 0  # messages that were too many to record while somebody looked
+
+    def record(
+        self,
+        kind: EventKind,
+        socket: str | None = None,
+        *,
+        rooms: tuple[str, ...] = (),
+        code: int | None = None,
+        detail: str = "",
+    ) -> None:
+        """Remember it, and tell the taps."""
+        event = Event(
+            next(_numbers), time.time(), kind, self._path, socket, rooms, code, detail=_short(detail) if detail else ""
+        )
+        self._story.append(event)
+        if self._taps:
+            self._tell(event)
+
+    def received(self, socket: str, data: str | bytes) -> None:
+        """A client's message; to be called while `watched`."""
+        if self._may_record():
+            size = len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
+            self._message(
+                Event(next(_numbers), time.time(), "received", self._path, socket, (), None, size, 1, _preview(data))
+            )
+
+    def sent(self, socket: str | None, rooms: tuple[str, ...], message: Message, sockets: int) -> None:
+        """A message to one client or to rooms; to be called while `watched`."""
+        if self._may_record():
+            payload = message.payload
+            data = payload if message.opcode == 2 else payload[: 4 * _PREVIEW].decode(errors="ignore")
+            self._message(
+                Event(
+                    next(_numbers),
+                    time.time(),
+                    "sent",
+                    self._path,
+                    socket,
+                    rooms,
+                    None,
+                    len(payload),
+                    sockets,
+                    _preview(data),
+                )
+            )
+
+    def _may_record(self) -> bool:
+        now = time.monotonic()
+        if now >= self._refill_at:
+            # Whether somebody still looks is asked here: no timer has to end it.
+            with self._lock:
+                self._taps = tuple(tap for tap in self._taps if tap() is not None)
+                if not self._taps and now > self._until:
+                    self.watched = False
+                    return False
+            self._refill_at = now + 0.1
+            self._budget = _MESSAGES_PER_SECOND // 10
+        if self._budget <= 0:
+            self.skipped += 1
+            for tap in self._taps:
+                if (follower := tap()) is not None:
+                    follower.dropped += 1
+            return False
+        self._budget -= 1
+        return True
+
+    def _message(self, event: Event) -> None:
+        self._messages.append(event)
+        if self._taps:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        for tap in self._taps:
+            if (follower := tap()) is not None:
+                follower.offer(event)
+
+    # -- looking
+
+    def watch(self, seconds: float) -> None:
+        """Record messages too, at least for the next ``seconds``."""
+        with self._lock:
+            self._until = max(self._until, time.monotonic() + seconds)
+            self.watched = True
+
+    def follow(self, tap: Tap) -> None:
+        """Tell the tap of everything from now on, until it is closed or nobody holds it any more."""
+        with self._lock:
+            self._taps = (*(each for each in self._taps if each() is not None), weakref.ref(tap))
+            self.watched = True
+
+    def unfollow(self, tap: Tap) -> None:
+        """Tell it no more."""
+        with self._lock:
+            self._taps = tuple(each for each in self._taps if each() is not tap)
+
+    def end(self) -> None:
+        """The server stops: so do the taps."""
+        for tap in self._taps:
+            if (follower := tap()) is not None:
+                follower.close()
+
+    def latest(self, count: int, wanted: Callable[[Event], bool], *, since: int = 0) -> list[Event]:
+        """The last ``count`` events that are wanted and numbered above ``since``, oldest first."""
+        found: list[Event] = []
+        for ring in (self._story, self._messages):
+            picked = itertools.takewhile(lambda event: event.number > since, reversed(ring))
+            found += itertools.islice(filter(wanted, picked), count)
+        return sorted(found)[-count:] if count > 0 else []
+
+
+class Tap:
+    """Events as they happen: ``async for event in tap``, on any loop, by one reader.
+
+    It never holds up the server: when the reader is behind by ``limit`` events, the oldest go. `dropped` counts
+    them, and the messages that came too fast to be recorded. Ends when the server stops, or with `close`.
+    """
+
+    def __init__(self, wanted: Callable[[Event], bool], *, limit: int = 1000) -> None:
+        self.dropped = 0
+        self._wanted = wanted
+        self._events: deque[Event] = deque(maxlen=limit)
+        self._logs: list[EventLog] = []
+        self._closed = False
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    def follow(self, logs: Iterable[EventLog]) -> None:
+        """Begin."""
+        self._logs = list(logs)
+        for log in self._logs:
+            log.follow(self)
+
+    def offer(self, event: Event) -> None:
+        """For `EventLog`, on the server's loop: take the event if it is wanted."""
+        if self._wanted(event):
+            if len(self._events) == self._events.maxlen:
+                self.dropped += 1
+            self._events.append(event)
+            self._wake()
+
+    def close(self) -> None:
+        """No more events are taken; those that came before can still be read."""
+        self._closed = True
+        for log in self._logs:
+            log.unfollow(self)
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            loop, future = waiter
+            with contextlib.suppress(RuntimeError):  # the reader's loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_settle, future)
+
+    def __aiter__(self) -> Tap:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if self._closed:
+                raise StopAsyncIteration
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[None] = loop.create_future()
+            self._waiter = (loop, future)
+            # It may have come before it could wake us.
+            if not self._events and not self._closed:
+                await future
+        return self._events.popleft()
+
+    async def __aenter__(self) -> Tap:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Tap {state}: {len(self._events)} events to read, {self.dropped} dropped>"
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _preview(data: str | bytes) -> str:
+    if isinstance(data, bytes):
+        return repr(data[: _PREVIEW // 4]) + ("…" if len(data) > _PREVIEW // 4 else "")
+    return _short(data)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
+
+
+__all__ = ["Event", "EventKind", "EventLog", "Tap"]
