@@ -85,7 +85,10 @@ class LoopDoor:
             raise
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        """Run on the loop and await the result, from any loop."""
+        """Run on the loop and await the result, from any loop.
+
+        Raises `ServerStateError` when the server stops before there is one.
+        """
         if self.inside():
             return await _complete(work)
         completion = _complete(work)

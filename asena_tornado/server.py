@@ -427,6 +427,13 @@ class AsenaServer:
     async def _replace(self, old: AsenaServer) -> None:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
         self._build()
+        # What the new components send as they start goes to the clients that are taken over.
+        assert old._door is not None
+        for path, fresh in self._namespaces.items():
+            namespace = old._namespaces.get(path, fresh)
+            namespace.door, namespace.outbox = old._door, old._outbox
+            bind(fresh.hooks.service, namespace)
+            self._ulak.open(old._door, [namespace])
         await self._container.start(running=old._container)
         # The switch itself waits for nothing: it falls between two messages.
         self._door, self._outbox, self._port = old._door, old._outbox, old._port
@@ -435,7 +442,6 @@ class AsenaServer:
             if path in self._namespaces:
                 fresh = self._namespaces[path]
                 self._namespaces[path] = kept
-                bind(fresh.hooks.service, kept)
                 kept.replace(fresh.hooks, fresh.options)
             else:
                 gone.append(kept)

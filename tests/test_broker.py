@@ -704,6 +704,34 @@ async def test_after_a_replacement_the_new_server_reaches_the_clients_and_the_ol
     assert "this server was replaced by a newer one" in str(error)
 
 
+async def test_what_new_code_sends_as_it_starts_reaches_the_clients_it_takes_over():
+    @Service
+    class Release:
+        chat: UlakNamespace = Inject(ulak("/chat"))
+
+        async def on_start(self) -> None:
+            self.reached = await self.chat.broadcast("from a service")
+
+    @WebSocket("/chat")
+    class NewChat(AsenaWebSocketService):
+        release = Inject(Release)
+
+        def on_start(self) -> None:
+            self.reached = self.in_("from the WebSocket service")
+
+    old = AsenaServer(Chat, port=0).start()
+    ann = await old.connect("/chat")
+    await ann.recv()
+    release, new_chat = Release(), NewChat()
+    new = AsenaServer(new_chat, release, port=old.port).start()
+    try:
+        assert (release.reached, new_chat.reached) == (1, 1)
+        assert [await ann.recv(), await ann.recv()] == ["from a service", "from the WebSocket service"]
+        await ann.close()
+    finally:
+        await new.aclose()
+
+
 # Injecting it
 
 
