@@ -15,6 +15,7 @@ __all__ = [
     "HandshakeRefused",
     "InjectionError",
     "InvalidMessageError",
+    "MiddlewareError",
     "NamespaceNotFoundError",
     "PortInUseError",
     "RoomNameError",
@@ -62,6 +63,10 @@ class InvalidMessageError(AsenaError, ValueError):
         self.message = message
         self.errors = [dict(error) for error in errors]
         self.raw = raw
+
+
+class MiddlewareError(AsenaError, RuntimeError):
+    """Middleware did what it may not: called ``next`` twice, or returned something that is no response."""
 
 
 class RoomNameError(AsenaError, ValueError):

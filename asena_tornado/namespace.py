@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("asena_tornado")
 
 R = TypeVar("R")
-# Whose handler the current code runs for: a namespace's, or the controllers'; None outside of handlers.
+# Whose handler the current code runs for: a namespace, or a server for its middleware and controllers; else None.
 serving: ContextVar[object] = ContextVar("serving", default=None)
 
 Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str

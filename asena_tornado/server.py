@@ -26,13 +26,13 @@ from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Outbox, Refusal, websocket_routes
-from .connection.connection import serving
+from .connection import Endpoint, Outbox, websocket_routes
 from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop
+from .http import Chain, ControllerHandler, Controllers, Origins, Refusal
 from .inspector import Inspector
-from .namespace import Namespace
+from .namespace import Namespace, serving
 from .options import WebSocketOptions
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
 
@@ -53,7 +53,8 @@ class AsenaServer:
     ``components``: classes (or instances) decorated with `WebSocket`, `Controller`, `Service`. ``port``: 0 picks a
     free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
     that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
-    such as ``"https://example.com"``; ``"*"`` matches anything. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+    such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
+    to a controller may have; a larger one is answered with 413. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -66,12 +67,15 @@ class AsenaServer:
         address: str | None = "localhost",
         options: WebSocketOptions | None = None,
         allowed_origins: Sequence[str] = (),
+        max_body_size: int = 1024 * 1024,  # bytes
         ssl_options: ssl.SSLContext | None = None,
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
+        if max_body_size < 0:
+            raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
         self._container = Container(*components)
         self._ulak = Ulak()
         self._container.provide(Ulak, self._ulak)
@@ -80,7 +84,10 @@ class AsenaServer:
         self._port: int | None = None
         self._address = address
         self._options = options or WebSocketOptions()
-        self._allowed_origins = tuple(allowed_origins)
+        self._origins = Origins(allowed_origins)
+        self._max_body_size = max_body_size
+        self._controllers = self._no_controllers()
+        self._middleware: dict[str, Chain] = {}  # by the namespace's path
         self._ssl = ssl_options
         self._namespaces: dict[str, Namespace] = {}
         self._built = False
@@ -274,20 +281,24 @@ class AsenaServer:
     def routes(self) -> list[Any]:
         """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
         self._build()
-        return [websocket_routes(path, self._find_endpoint(path)) for path in self._namespaces]
+        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in self._namespaces]
+        return [*routes, self._controllers.rule] if self._controllers else routes
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
         async def find() -> Endpoint:
-            if self._state == "new":
-                self._begin("app")
-                in_empty_context(self._open_in_background)
-            if self._state == "starting" and self._opening is not None:
-                await asyncio.wait([self._opening])
-            if self._state != "running":
-                raise Refusal(503, "the server is not running", headers={"Retry-After": "1"})
+            await self._until_running()
             return self._endpoints[path]
 
         return find
+
+    async def _until_running(self) -> None:
+        if self._state == "new":
+            self._begin("app")
+            in_empty_context(self._open_in_background)
+        if self._state == "starting" and self._opening is not None:
+            await asyncio.wait([self._opening])
+        if self._state != "running":
+            raise Refusal(503, "the server is not running", headers={"Retry-After": "1"})
 
     def _begin(self, hosting: Hosting) -> None:
         if self._state == "stopping":
@@ -314,17 +325,34 @@ class AsenaServer:
         if self._built:
             return
         self._container.build()
+        namespaces: dict[str, Namespace] = {}
+        controllers = self._no_controllers()
         for mark, instance in self._container.components:
             if isinstance(instance, AsenaWebSocketService):
                 spec = spec_of(mark.cls)
-                if spec.path in self._namespaces:
-                    other = type(self._namespaces[spec.path].hooks.service).__name__
+                if spec.path in namespaces:
+                    other = type(namespaces[spec.path].hooks.service).__name__
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
                 namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
-                self._namespaces[spec.path] = namespace
+                namespaces[spec.path] = namespace
                 bind(instance, namespace)
-        self._paths = tuple(self._namespaces)
+                if spec.middlewares:
+                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), spec.path, self)
+            elif mark.kind == "Controller":
+                controllers.add(instance, self._instances)
+        for path in namespaces:
+            if controllers.has(path):
+                raise ConfigurationError(f"{path!r} is a namespace and a controller's path; give one of them another")
+        self._namespaces, self._controllers = namespaces, controllers
+        self._paths = tuple(namespaces)
         self._built = True
+
+    def _no_controllers(self) -> Controllers:
+        return Controllers(self, origins=self._origins, max_body_size=self._max_body_size, ready=self._until_running)
+
+    def _instances(self, middlewares: Sequence[Any]) -> list[Any]:
+        """What is listed in a decorator, as the container has it."""
+        return [self._container.get(each) if isinstance(each, type) else each for each in middlewares]
 
     def _prepare(self) -> None:
         """Everything that needs no waiting, on the loop's thread."""
@@ -344,7 +372,11 @@ class AsenaServer:
             namespace.door = self._door
             namespace.outbox = self._outbox
             self._endpoints[path] = Endpoint(
-                self._door.loop, namespace, outbox=self._outbox, allowed_origins=self._allowed_origins
+                self._door.loop,
+                namespace,
+                outbox=self._outbox,
+                origins=self._origins,
+                middleware=self._middleware.get(path),
             )
         self._ulak.open(self._door, self._namespaces.values())
 
@@ -464,6 +496,7 @@ class AsenaServer:
         if before is not None:
             await before
         await _close_sockets(gone, _STOP_TIMEOUT, 1012, "this namespace is gone")
+        await old._controllers.drain(asyncio.get_running_loop().time() + _STOP_TIMEOUT)
         if http is not None:
             await _close_http(http)
         await old._container.stop(successor=self._container)
@@ -472,13 +505,19 @@ class AsenaServer:
 
     def _listen(self) -> None:
         if self._listeners:
-            app = Application(self.routes(), log_function=_log_request)
+            app = Application(
+                self.routes(),
+                log_function=_log_request,
+                default_handler_class=ControllerHandler,
+                default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
+            )
             self._http = HTTPServer(
                 app,
                 ssl_options=self._ssl,
                 idle_connection_timeout=self._options.handshake_timeout,
                 body_timeout=self._options.handshake_timeout,
                 max_header_size=_MAX_HEADER_SIZE,
+                max_body_size=self._max_body_size,
             )
             self._http.add_sockets(self._listeners)
         self._state = "running"
@@ -523,8 +562,8 @@ class AsenaServer:
 
     def _in_handler(self) -> bool:
         """Whether it is a handler of this server that runs."""
-        connection = serving.get()
-        return connection is not None and connection.socket._namespace in self._namespaces.values()
+        owner = serving.get()
+        return owner is self or owner in self._namespaces.values()
 
     def _close_soon(self, timeout: float = _STOP_TIMEOUT) -> None:
         if self._closing is None and self._state in ("starting", "running"):
@@ -551,7 +590,9 @@ class AsenaServer:
                 endpoint.closing = True
             if self._http is not None:
                 self._http.stop()
+            deadline = asyncio.get_running_loop().time() + timeout
             await _close_sockets(list(self._namespaces.values()), timeout, 1001, "the server is stopping")
+            await self._controllers.drain(deadline)
             if self._http is not None:
                 await _close_http(self._http)
             await self._container.stop()

@@ -8,12 +8,12 @@ import logging
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMessageError, SocketClosedError
 from ..messages import BINARY, TEXT, Message, frame
+from ..namespace import serving
 from ..sockets import ReadyState
 from .channel import Channel
 from .deflate import Deflate
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
-
-# The connection whose handlers the current code runs for; None outside of handlers.
-serving: ContextVar[Connection | None] = ContextVar("serving", default=None)
 
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
 _JOIN_BELOW = 64 * 1024
@@ -378,7 +375,7 @@ class Connection:
     # -- the service's side: one task, one message at a time
 
     async def _serve(self) -> None:
-        serving.set(self)
+        serving.set(self._namespace)
         try:
             try:
                 await self._serve_messages()

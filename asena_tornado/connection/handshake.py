@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import fnmatch
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import ValidationError
-from pydantic_core import to_json
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
+from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
 from ..options import WebSocketOptions
@@ -42,41 +40,20 @@ class Endpoint:
         namespace: Namespace,
         *,
         outbox: Outbox,
-        allowed_origins: Sequence[str],
+        origins: Origins,
+        middleware: Chain | None = None,
     ) -> None:
         self.loop = loop
         self.namespace = namespace
         self.options: WebSocketOptions = namespace.options
         self.outbox = outbox
-        self.allowed_origins = tuple(origin.rstrip("/").lower() for origin in allowed_origins)
+        self.origins = origins
+        self.middleware = middleware
         self.keepalive = Keepalive(loop, namespace.options)
         self.closing = False  # no more handshakes are taken
 
-    def allows(self, origin: str | None, host: str) -> bool:
-        """Whether a page from ``origin`` may connect: the same origin, none (no browser), or an allowed one."""
-        if origin is None:
-            return True
-        origin = origin.lower()
-        if any(fnmatch.fnmatchcase(origin, pattern) for pattern in self.allowed_origins):
-            return True
-        try:
-            parts = urlsplit(origin)
-        except ValueError:
-            return False
-        return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == host.lower()
 
-
-class Refusal(Exception):
-    """The handshake gets a plain HTTP answer."""
-
-    def __init__(self, status: int, message: str, *, headers: dict[str, str] | None = None, **more: Any) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": message, **more}
-        self.headers = headers or {}
-
-
-class HandshakeHandler(WebSocketHandler):
+class HandshakeHandler(JsonHandler, WebSocketHandler):
     """One handshake. The handler ends with it: the `Connection` lives on alone."""
 
     def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
@@ -87,14 +64,10 @@ class HandshakeHandler(WebSocketHandler):
         endpoint = await self._find_endpoint()
         try:
             key = self._check_request()
-            self._check_origin(endpoint)
+            endpoint.origins.check(self.request, endpoint.namespace.path)
             self._check_capacity(endpoint)
-            query = self._query()
-            try:
-                async with asyncio.timeout(endpoint.options.handshake_timeout):
-                    values, from_query = await self._admission(endpoint, query)
-            except TimeoutError:
-                raise Refusal(503, "the handshake took too long") from None
+            query = parse_query(self.request)
+            values, from_query = await self._admission(endpoint, query)
             try:
                 values = endpoint.namespace.hooks.values(values, from_query=from_query)
             except ValidationError as invalid:
@@ -103,11 +76,13 @@ class HandshakeHandler(WebSocketHandler):
                 ) from None
             # Others may have connected while middleware was waiting.
             self._check_capacity(endpoint)
-        except Refusal as refusal:
+        except Answered as answered:
             endpoint.namespace.events.record(
-                "refused", code=refusal.status, detail=f"{refusal} (from {self.request.remote_ip})"
+                "refused",
+                code=answered.response.status,
+                detail=f"{answered.response.body[:200].decode(errors='replace')} to {self.request.remote_ip}",
             )
-            self._answer(refusal)
+            self.respond(answered.response)
             return
         data = SocketData(str(uuid4()), endpoint.namespace.path, query, values)
         client = Socket(endpoint.namespace, data, str(self.request.remote_ip))
@@ -115,7 +90,17 @@ class HandshakeHandler(WebSocketHandler):
 
     async def _admission(self, endpoint: Endpoint, query: dict[str, str | list[str]]) -> tuple[Any, bool]:
         """What becomes ``values``, and whether it came from the query string."""
-        return query, True
+        if endpoint.middleware is None:
+            return query, True
+        context = Context(self.request, query=query)
+        try:
+            async with asyncio.timeout(endpoint.options.handshake_timeout):
+                response = await endpoint.middleware.run(context, _admit)
+        except TimeoutError:
+            raise Refusal(503, "the handshake took too long", headers={"Retry-After": 1}) from None
+        if response is not None:
+            raise Answered(response)
+        return context.websocket_value(query)
 
     def _check_request(self) -> str:
         """The client's key, if the request is a WebSocket handshake to the letter (RFC 6455 §4.2.1)."""
@@ -139,17 +124,6 @@ class HandshakeHandler(WebSocketHandler):
             pass
         raise Refusal(400, "Sec-WebSocket-Key must be given once and hold 16 bytes as base64")
 
-    def _check_origin(self, endpoint: Endpoint) -> None:
-        origins = self.request.headers.get_list("Origin")
-        origin = origins[0] if origins else None
-        if len(origins) > 1 or not endpoint.allows(origin, self.request.host):
-            shown = repr(", ".join(origins))
-            log.warning("%s: refused the origin %s", endpoint.namespace.path, shown)
-            raise Refusal(
-                403,
-                f"the origin {shown} is not allowed; to allow it: AsenaServer(..., allowed_origins=[{shown}])",
-            )
-
     @staticmethod
     def _check_capacity(endpoint: Endpoint) -> None:
         if endpoint.closing:
@@ -160,25 +134,15 @@ class HandshakeHandler(WebSocketHandler):
                 503, f"{endpoint.namespace.path} has all the sockets it may have", headers={"Retry-After": "5"}
             )
 
-    def _query(self) -> dict[str, str | list[str]]:
-        query: dict[str, str | list[str]] = {}
-        for name, raw in self.request.query_arguments.items():
-            try:
-                values = [value.decode() for value in raw]
-            except UnicodeDecodeError:
-                raise Refusal(400, f"the query parameter {name!r} is not UTF-8") from None
-            query[name] = values if len(values) > 1 else values[0]
-        return query
-
-    def _answer(self, refusal: Refusal) -> None:
-        self.set_status(refusal.status)
-        for name, value in refusal.headers.items():
-            self.set_header(name, value)
-        self.set_header("Content-Type", "application/json; charset=UTF-8")
-        self.finish(to_json(refusal.body))
+    def allowed(self) -> str:
+        return "GET"
 
     def check_xsrf_cookie(self) -> None:
         """A handshake is protected by its origin check."""
+
+
+async def _admit() -> None:
+    """What is behind the middleware of a handshake: the upgrade, which needs nothing more."""
 
 
 class Upgrade(WebSocketProtocol):

@@ -1,0 +1,786 @@
+"""Plain HTTP: the middleware chain before handshakes and controllers, `Context`, and controllers themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.client import responses as phrases
+from typing import Any, Protocol, TypeVar, overload
+from urllib.parse import unquote, urlsplit
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.iostream import StreamClosedError
+from tornado.routing import Matcher, Rule
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from .container import component
+from .errors import ConfigurationError, MiddlewareError
+from .messages import encode, validation_errors
+from .namespace import serving
+
+log = logging.getLogger("asena_tornado")
+T = TypeVar("T")
+C = TypeVar("C", bound=type[Any])
+F = TypeVar("F", bound=Callable[..., Any])
+
+JSON = "application/json; charset=UTF-8"
+_UNSET: Any = object()
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS"))
+# What is too large is read to its end all the same, up to here: a client that is cut off while it still sends does
+# not get to read the answer (RFC 9112 §9.6).
+_DRAINED = 16 * 1024 * 1024  # bytes
+
+
+class Response:
+    """What goes to the client; made by `Context.send` and `Context.json`.
+
+    ``status``; ``body`` (bytes); ``headers``, to which middleware may add: ``response.headers["X-Id"] = "1"``.
+    """
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(
+        self, status: int, body: bytes, headers: Mapping[str, object] | None = None, *, content_type: str | None = None
+    ) -> None:
+        if not 200 <= status <= 599:
+            raise ValueError(f"the status of a response is between 200 and 599, not {status!r}")
+        if status in (204, 304) and content_type is not None:
+            raise ValueError(f"a response with status {status} has no body")
+        self.status = status
+        self.body = body
+        self.headers = HTTPHeaders()
+        for name, value in (headers or {}).items():
+            self.headers.add(name, str(value))
+        if content_type is not None:
+            self.headers.setdefault("Content-Type", content_type)
+
+    def __repr__(self) -> str:
+        return f"<Response {self.status}: {len(self.body)} bytes>"
+
+
+def make_response(body: object, status: int = 200, headers: Mapping[str, object] | None = None) -> Response:
+    """The response for what a handler returned, or was given to `Context.send`."""
+    if body is None:
+        return Response(204 if status == 200 else status, b"", headers)
+    if isinstance(body, str):
+        kind = "text/plain; charset=UTF-8"
+    elif isinstance(body, bytes | bytearray | memoryview):
+        kind = "application/octet-stream"
+    else:
+        kind = JSON
+    return Response(status, encode(body).payload, headers, content_type=kind)
+
+
+Next = Callable[[], Awaitable[Response | None]]
+
+
+class Answered(Exception):
+    """Raised to answer the request there and then."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status)
+        self.response = response
+
+
+class Refusal(Answered):
+    """The answer is an error, as JSON."""
+
+    def __init__(self, status: int, message: str, *, headers: Mapping[str, object] | None = None, **more: Any) -> None:
+        super().__init__(make_response({"error": message, **more}, status, headers))
+
+
+class Context:
+    """One HTTP request (a handshake, or a call of a controller), as middleware and controllers see it.
+
+    ``req``: Tornado's request. ``params``: the parameters of a controller's path. ``state``: a dict that
+    middleware and handler share.
+    """
+
+    __slots__ = ("_query", "_websocket_value", "params", "req", "state")
+
+    def __init__(
+        self,
+        request: HTTPServerRequest,
+        *,
+        query: dict[str, str | list[str]] | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> None:
+        self.req = request
+        self.params: Mapping[str, str] = params or {}
+        self.state: dict[str, Any] = {}
+        self._query = query
+        self._websocket_value: Any = _UNSET
+
+    @property
+    def headers(self) -> HTTPHeaders:
+        """The request's headers; names in any case."""
+        return self.req.headers
+
+    @property
+    def query(self) -> Mapping[str, str | list[str]]:
+        """The query string; a name given several times has a list."""
+        if self._query is None:
+            self._query = parse_query(self.req)
+        return self._query
+
+    @property
+    def bearer_token(self) -> str | None:
+        """The token of ``Authorization: Bearer …`` (RFC 6750 §2.1), or None."""
+        scheme, _, token = self.headers.get("Authorization", "").strip().partition(" ")
+        return token.strip() or None if scheme.lower() == "bearer" else None
+
+    def send(self, body: object = None, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
+        """A response, to be returned: str as plain text, bytes as they are, None as nothing (204), else JSON.
+
+        A ``Content-Type`` among the headers says it otherwise. Raises `EncodeError` and ``ValueError`` for what
+        cannot be sent.
+        """
+        return make_response(body, status, headers)
+
+    def json(self, body: object, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
+        """A response, to be returned, that is JSON whatever the type of ``body``."""
+        payload = to_json(body) if isinstance(body, str | bytes) else encode(body).payload
+        return Response(status, payload, headers, content_type=JSON)
+
+    def set_websocket_value(self, value: object) -> None:
+        """Let this be ``ws.data.values``, instead of the query string; None included. The last call counts."""
+        self._websocket_value = value
+
+    def websocket_value(self, default: T) -> tuple[Any, bool]:
+        """What was set for ``ws.data.values``, else the ``default``; and whether it is that."""
+        unset = self._websocket_value is _UNSET
+        return (default if unset else self._websocket_value), unset
+
+    @overload
+    async def get_body(self, model: None = None) -> Any: ...
+    @overload
+    async def get_body(self, model: type[T]) -> T: ...
+    async def get_body(self, model: Any = None) -> Any:
+        """The body, parsed as JSON: as a ``model`` (anything that pydantic can validate), or as it is.
+
+        What is no JSON, or missing, is answered with 400; what ``model`` does not accept with 422 and pydantic's
+        errors. The bytes are ``context.req.body``.
+        """
+        body = self.req.body or b""
+        if not body.strip():
+            raise Refusal(400, "the request has no body; JSON is expected")
+        try:
+            if model is None:
+                return from_json(body, allow_inf_nan=False)
+            return _adapter(model).validate_json(body)
+        except ValidationError as invalid:
+            errors = validation_errors(invalid)
+            if errors[0]["type"] != "json_invalid":
+                raise Refusal(422, "the body is not valid", errors=errors) from None
+            message = errors[0]["msg"]
+        except ValueError as error:
+            message = str(error)
+        raise Refusal(400, f"the body is not JSON: {message}")
+
+    def __repr__(self) -> str:
+        return f"<Context {self.req.method} {self.req.path}>"
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
+
+
+def parse_query(request: HTTPServerRequest) -> dict[str, str | list[str]]:
+    """Name to value, or to the values of a name given several times."""
+    query: dict[str, str | list[str]] = {}
+    for name, raw in request.query_arguments.items():
+        try:
+            values = [value.decode() for value in raw]
+        except UnicodeDecodeError:
+            raise Refusal(400, f"the query parameter {name!r} is not UTF-8") from None
+        query[name] = values if len(values) > 1 else values[0]
+    return query
+
+
+class Origins:
+    """The pages that may connect: those of the server's own origin, and those of the ``allowed`` ones."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = tuple(origin.rstrip("/").lower() for origin in allowed)
+
+    def check(self, request: HTTPServerRequest, where: str) -> None:
+        """Refuse a request that a page from elsewhere makes."""
+        origins = request.headers.get_list("Origin")
+        if not origins or (len(origins) == 1 and (self.same(origins[0], request.host) or self.listed(origins[0]))):
+            return
+        shown = repr(", ".join(origins))
+        log.warning("%s: refused the origin %s", where, shown)
+        raise Refusal(
+            403,
+            f"the origin {shown} is not allowed; to allow it: AsenaServer(..., allowed_origins=[{shown}])",
+        )
+
+    def listed(self, origin: str) -> bool:
+        """Whether it is among the allowed ones."""
+        return any(fnmatch.fnmatchcase(origin.lower(), pattern) for pattern in self._allowed)
+
+    @staticmethod
+    def same(origin: str, host: str) -> bool:
+        """Whether it is the server's own."""
+        try:
+            parts = urlsplit(origin.lower())
+        except ValueError:
+            return False
+        return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == host.lower()
+
+
+# -- middleware
+
+
+class MiddlewareService:
+    """The base of middleware, for who wants one; the decorator `Middleware` is what matters.
+
+    ``handle(context, next)``, sync or async, does one of three things: it lets the request pass with
+    ``await next()``, it answers by returning ``context.send(…)``, or it returns nothing, which refuses with 403.
+    What ``await next()`` gives is the response of those behind it, or None when a handshake may go on.
+    """
+
+    __asena_decorator__ = "@Middleware()"
+
+    # Open, so that overriding it as a plain function or as a coroutine type-checks.
+    def handle(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass, answer or refuse."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method handle(self, context, next)")
+
+
+@overload
+def Middleware(name: C, /) -> C: ...
+@overload
+def Middleware(name: str | None = None) -> Callable[[C], C]: ...
+def Middleware(name: Any = None) -> Any:
+    """Make a class with ``handle(self, context, next)`` middleware, for ``middlewares=[…]``.
+
+    Written ``@Middleware()``, ``@Middleware`` or ``@Middleware("Name")``. Like a `Service` it is built once per
+    server, and other components can be injected into it. Raises `ConfigurationError` without a ``handle``.
+    """
+
+    def decorate(cls: C) -> C:
+        if getattr(cls, "handle", None) in (None, MiddlewareService.handle):
+            raise ConfigurationError(f"@Middleware() on {cls!r}: it needs a method handle(self, context, next)")
+        return component(cls, kind="Middleware", name=None if name is cls else name)
+
+    return decorate(name) if isinstance(name, type) else decorate
+
+
+class _Next:
+    """The ``next`` of one middleware: runs the rest of the chain, once, when it is awaited."""
+
+    __slots__ = ("_rest", "called", "response", "state")
+
+    def __init__(self, rest: Callable[[], Awaitable[Response | None]]) -> None:
+        self._rest = rest
+        self.response: Response | None = None
+        self.called = 0
+        self.state = "waiting"
+
+    def __call__(self) -> _Next:
+        self.called += 1
+        if self.called > 1:
+            raise MiddlewareError("next() was called twice")
+        return self
+
+    def __await__(self) -> Generator[Any, None, Response | None]:
+        if not self.called:
+            raise MiddlewareError("next is a function: await next()")
+        return self._wait().__await__()
+
+    async def _wait(self) -> Response | None:
+        if self.state == "waiting":
+            self.state = "running"
+            try:
+                self.response = await self._rest()
+            except BaseException:
+                self.state = "failed"
+                raise
+            self.state = "done"
+        elif self.state != "done":
+            raise MiddlewareError(f"next() was awaited when it {_STATES[self.state]}")
+        return self.response
+
+    def end(self) -> None:
+        """The middleware has decided: who kept ``next`` for later has nothing to call."""
+        if self.state == "waiting":
+            self.state = "over"
+
+
+_STATES = {
+    "running": "was still running",
+    "failed": "had failed",
+    "over": "was too late: the middleware had returned",
+}
+
+
+class Chain:
+    """Middleware in order, and what is behind it. It fails closed: only what every one let pass gets there."""
+
+    def __init__(self, middlewares: Sequence[Any], where: str, owner: object) -> None:
+        """``middlewares``: instances. ``where`` says in the log whose they are; ``owner``: their server."""
+        self._owner = owner
+        self._where = where
+        self._links: list[tuple[str, Callable[..., Any]]] = []
+        for middleware in middlewares:
+            name, handle = type(middleware).__name__, getattr(middleware, "handle", None)
+            try:
+                inspect.signature(handle).bind(None, None)  # type: ignore[arg-type]  # None raises what is caught
+            except TypeError:
+                raise ConfigurationError(
+                    f"{name} cannot be middleware of {where}: it needs a method handle(self, context, next)"
+                ) from None
+            self._links.append((name, handle))  # type: ignore[arg-type]  # it has a signature
+
+    async def run(self, context: Context, last: Callable[[], Awaitable[Response | None]]) -> Response | None:
+        """The response; None if that is what ``last`` returned and no middleware has put one in its place.
+
+        What raises is logged and answered with 500.
+        """
+        token = serving.set(self._owner)
+        try:
+            response: Response | None = await self._step(0, context, last)
+            return response
+        except Answered as answered:
+            return answered.response
+        except Exception as error:
+            log.exception("%s failed: %s", self._where, error)
+            return make_response({"error": "internal error"}, 500)
+        finally:
+            serving.reset(token)
+
+    async def _step(self, index: int, context: Context, last: Callable[[], Awaitable[Response | None]]) -> Any:
+        if index == len(self._links):
+            return await answer_to(last)
+        name, handle = self._links[index]
+        next = _Next(functools.partial(self._step, index + 1, context, last))
+        result = await answer_to(handle, context, next)
+        # Once more, for who caught the error that the second call had raised.
+        if next.called > 1:
+            raise MiddlewareError(f"{name} called next() twice")
+        if (result is None or result is True) and next.called and next.state == "waiting":
+            return await next  # called by a plain function, which cannot await it
+        next.end()
+        if isinstance(result, Response):
+            return result
+        if result is False or (result is None and not next.called):
+            log.info("%s: %s refused, by neither calling next() nor returning a response", self._where, name)
+            return make_response({"error": "forbidden"}, 403)
+        if result is None or (result is True and next.called):
+            if next.state == "done":
+                return next.response
+            raise MiddlewareError(f"{name} returned nothing although next() {_STATES[next.state]}")
+        raise MiddlewareError(
+            f"{name}.handle returned {result if result is True else type(result)!r}; it returns a response, "
+            "context.send(…) or context.json(…), or nothing after await next()"
+        )
+
+
+async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the user's, sync or async, returns or raises by way of an answer."""
+    try:
+        result = function(*args)
+        while inspect.isawaitable(result):
+            result = await result
+    except Answered as answered:
+        return answered.response
+    except HTTPError as error:  # as in Tornado's own handlers
+        log.info("answered with %s", error)
+        message = error.reason or phrases.get(error.status_code, "error")
+        return make_response({"error": message}, error.status_code)
+    return result
+
+
+# -- controllers
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What `Get` and its like note about a method."""
+
+    method: str
+    path: str
+    middlewares: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSpec:
+    """What `Controller` notes about a class."""
+
+    path: str
+    middlewares: tuple[Any, ...]
+
+
+def Controller(path: str = "/", *, name: str | None = None, middlewares: Sequence[Any] = ()) -> Callable[[C], C]:
+    """Make a class a component whose methods answer HTTP requests below ``path``.
+
+    ``name``: what it is injected by, by default the class's name. ``middlewares``: classes or instances, run in
+    order before each of its methods. The methods bear `Get`, `Post`, `Put`, `Patch` or `Delete`.
+    Raises `ConfigurationError` for a path or class that cannot work.
+    """
+    _segments(path, "@Controller")
+
+    def decorate(cls: C) -> C:
+        marks = [mark for _, mark in _marks(cls)]
+        if not marks:
+            raise ConfigurationError(f'{cls!r} has no routes: put @Get("/…"), @Post("/…"), … above its methods')
+        required = (*middlewares, *(middleware for mark in marks for middleware in mark.middlewares))
+        cls.__asena_controller__ = ControllerSpec(path, tuple(middlewares))
+        return component(cls, kind="Controller", name=name, requires=required)
+
+    return decorate
+
+
+class _Verb(Protocol):
+    def __call__(self, path: str = "/", *, middlewares: Sequence[Any] = ()) -> Callable[[F], F]: ...
+
+
+def _verb(method: str) -> _Verb:
+    def decorator(path: str = "/", *, middlewares: Sequence[Any] = ()) -> Callable[[F], F]:
+        _segments(path, f"@{method.capitalize()}")
+
+        def decorate(function: F) -> F:
+            marks = (*getattr(function, "__asena_routes__", ()), _Mark(method, path, tuple(middlewares)))
+            function.__asena_routes__ = marks  # type: ignore[attr-defined]  # an attribute of decorated methods only
+            return function
+
+        return decorate
+
+    decorator.__name__ = decorator.__qualname__ = method.capitalize()
+    decorator.__doc__ = f"""Let a controller's method answer {method} below the controller's path.
+
+    In ``path``, ``{{name}}`` stands for one part of it: ``"/users/{{id}}"``, found in ``context.params["id"]``.
+    ``middlewares``: classes or instances, run after the controller's. The method, sync or async, takes the
+    `Context` and returns what `Context.send` takes, or a `Response`.
+    """
+    return decorator
+
+
+Get = _verb("GET")
+Post = _verb("POST")
+Put = _verb("PUT")
+Patch = _verb("PATCH")
+Delete = _verb("DELETE")
+
+
+def _segments(path: object, decorator: str) -> tuple[str, ...]:
+    """The parts of a path between its slashes; a parameter is still in its braces."""
+    if not isinstance(path, str):
+        raise ConfigurationError(f'{decorator} takes a path, {decorator}("/users"), not {path!r}')
+    stripped = path.strip().strip("/")
+    segments = tuple(stripped.split("/")) if stripped else ()
+    for segment in segments:
+        parameter = segment.startswith("{") and segment.endswith("}")
+        if segment.startswith(":"):
+            wrong = f"a parameter is spelled {{{segment[1:]}}} here"
+        elif parameter and not segment[1:-1].isidentifier():
+            wrong = f"{segment[1:-1]!r} is no name for a parameter"
+        elif not parameter and any(c in "{}?#" for c in segment):
+            wrong = "a parameter is one whole part of the path, as in '/users/{id}'; no '?' or '#' belong there"
+        elif not segment:
+            wrong = "there is nothing between two of its slashes"
+        else:
+            continue
+        raise ConfigurationError(f"{decorator}({path!r}): {wrong}")
+    return segments
+
+
+def _marks(cls: type[Any]) -> Iterator[tuple[str, _Mark]]:
+    for name, function in inspect.getmembers_static(cls):
+        for mark in getattr(function, "__asena_routes__", ()):
+            yield name, mark
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    method: str
+    segments: tuple[str, ...]
+    handler: Callable[[Context], Any]
+    chain: Chain
+    label: str
+
+    def matches(self, parts: Sequence[str]) -> bool:
+        return all(part if s[0] == "{" else part == s for s, part in zip(self.segments, parts, strict=True))
+
+    def params(self, parts: Sequence[str]) -> dict[str, str]:
+        return {s[1:-1]: part for s, part in zip(self.segments, parts, strict=True) if s[0] == "{"}
+
+
+class Controllers(Matcher):
+    """Every route of a server's controllers, as one rule of a `tornado.web.Application`."""
+
+    def __init__(
+        self, owner: object, *, origins: Origins, max_body_size: int, ready: Callable[[], Awaitable[object]]
+    ) -> None:
+        """``owner``: the server. ``max_body_size``: bytes. ``ready`` is awaited first, and may raise a `Refusal`."""
+        self._owner = owner
+        self._origins = origins
+        self._ready = ready
+        self._routes: dict[int, list[_Route]] = {}  # by how many parts the path has
+        self._requests: set[asyncio.Task[Any]] = set()
+        self.max_body_size = max_body_size
+
+    def add(self, controller: object, instances: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
+        """Add the routes of a controller; ``instances`` gives those of the middlewares that decorators list.
+
+        Raises `ConfigurationError` when two methods answer the same requests.
+        """
+        cls = type(controller)
+        spec: ControllerSpec = cls.__asena_controller__  # type: ignore[attr-defined]  # a decorated class, or derived
+        for name, mark in _marks(cls):
+            path = "/" + "/".join(part for part in (spec.path.strip().strip("/"), mark.path.strip().strip("/")) if part)
+            segments = _segments(path, f"{cls.__name__}.{name}")
+            parameters = [s for s in segments if s[0] == "{"]
+            if len(set(parameters)) < len(parameters):
+                raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have one name")
+            label = f"{mark.method} {path} ({cls.__name__}.{name})"
+            chain = Chain(instances((*spec.middlewares, *mark.middlewares)), label, self._owner)
+            route = _Route(mark.method, segments, _handler(getattr(controller, name), label), chain, label)
+            routes = self._routes.setdefault(len(segments), [])
+            for other in routes:
+                if other.method == route.method and _shape(other) == _shape(route):
+                    raise ConfigurationError(f"two methods answer the same requests: {other.label} and {label}")
+            routes.append(route)
+            # The more literal, the earlier: /users/me before /users/{id}.
+            routes.sort(key=lambda route: [s[0] == "{" for s in route.segments])
+
+    def __bool__(self) -> bool:
+        return bool(self._routes)
+
+    def has(self, path: str) -> bool:
+        """Whether a method answers at this very path."""
+        routes, parts = self.find(path)
+        return any(route.segments == tuple(parts) for route in routes)
+
+    @property
+    def rule(self) -> Rule:
+        """What a `tornado.web.Application` takes as a route."""
+        return Rule(self, ControllerHandler, {"controllers": self, "max_body_size": self.max_body_size})
+
+    def find(self, path: str) -> tuple[list[_Route], list[str]]:
+        """The routes for a path as it came, best first, and the path's parts."""
+        if not path.startswith("/"):
+            return [], []
+        parts = path[1:].split("/")
+        if not parts[-1]:
+            parts.pop()
+        try:
+            parts = [unquote(part, errors="strict") for part in parts]
+        except UnicodeDecodeError:
+            return [], []
+        return [route for route in self._routes.get(len(parts), ()) if route.matches(parts)], parts
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        """Tornado's question: whether this is for a controller."""
+        return {} if self.find(request.path)[0] else None
+
+    async def answer(self, request: HTTPServerRequest) -> Response:
+        """The response, whatever happens."""
+        origin = request.headers.get("Origin")
+        try:
+            response = await self._answer(request, origin)
+        except Answered as answered:
+            response = answered.response
+        if origin is not None and self._origins.listed(origin):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers.add("Vary", "Origin")
+        return response
+
+    async def _answer(self, request: HTTPServerRequest, origin: str | None) -> Response:
+        routes, parts = self.find(request.path)
+        methods = _by_method(routes)
+        if request.method == "OPTIONS":
+            return self._options(request, methods)
+        route = methods.get(request.method or "")
+        if route is None:
+            raise Refusal(405, f"{request.method} is not possible here", headers={"Allow": _allow(methods)})
+        if request.method not in _SAFE_METHODS:
+            self._origins.check(request, route.label)
+        await self._ready()
+        context = Context(request, params=route.params(parts))
+
+        async def last() -> Response:
+            result = await answer_to(route.handler, context)
+            return result if isinstance(result, Response) else make_response(result)
+
+        response = await route.chain.run(context, last)
+        assert response is not None  # last() has one
+        return response
+
+    @staticmethod
+    def _options(request: HTTPServerRequest, methods: Mapping[str, _Route]) -> Response:
+        headers = {"Allow": _allow(methods)}
+        if "Access-Control-Request-Method" in request.headers:  # a browser asks for a page from elsewhere
+            headers["Access-Control-Allow-Methods"] = ", ".join(methods)
+            headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "")
+            headers["Access-Control-Max-Age"] = "600"
+        return make_response(None, 204, headers)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a request; `drain` waits for those."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._requests.add(task)
+        try:
+            yield
+        finally:
+            self._requests.discard(task)
+
+    async def drain(self, deadline: float) -> None:
+        """Wait for the requests under way until ``deadline`` (loop time), then cancel them."""
+        if self._requests:
+            wait = max(0.0, deadline - asyncio.get_running_loop().time())
+            _, late = await asyncio.wait(tuple(self._requests), timeout=wait)
+            for task in late:
+                log.warning("a request that did not end in time is cancelled")
+                task.cancel()
+
+
+def _by_method(routes: Sequence[_Route]) -> dict[str, _Route]:
+    methods = {route.method: route for route in reversed(routes)}
+    if "GET" in methods:
+        methods.setdefault("HEAD", methods["GET"])
+    return methods
+
+
+def _allow(methods: Iterable[str]) -> str:
+    return ", ".join(sorted({*methods, "OPTIONS"}))
+
+
+def _shape(route: _Route) -> list[str]:
+    return ["{}" if s[0] == "{" else s for s in route.segments]
+
+
+def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]:
+    """The method as something to call with the context, which it may do without."""
+    signature = inspect.signature(method)
+    for takes, handler in (((None,), method), ((), lambda _: method())):
+        try:
+            signature.bind(*takes)
+        except TypeError:
+            continue
+        return handler
+    raise ConfigurationError(f"{label} takes the context and nothing else; path parameters are in context.params")
+
+
+class JsonHandler(RequestHandler):
+    """Errors as JSON, without a traceback."""
+
+    def allowed(self) -> str:
+        """The methods that are possible, for a 405."""
+        return "OPTIONS"
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """What Tornado answers by itself."""
+        if status_code == 405:
+            self.set_header("Allow", self.allowed())
+        self.set_header("Content-Type", JSON)
+        self.finish(to_json({"error": self._reason}))
+
+    def respond(self, response: Response) -> asyncio.Future[None]:
+        """Write the response; done when it has been sent."""
+        self.set_status(response.status)
+        self.clear_header("Content-Type")
+        for name in response.headers:
+            self.clear_header(name)
+        for name, value in response.headers.get_all():
+            self.add_header(name, value)
+        return self.finish(response.body or None)
+
+
+@stream_request_body
+class ControllerHandler(JsonHandler):
+    """One request to a controller, or, without any, to a path where nothing is. It reads the body itself."""
+
+    def initialize(self, max_body_size: int, controllers: Controllers | None = None) -> None:
+        self._controllers = controllers
+        self._limit = max_body_size
+        self._body: list[bytes] = []
+        self._received = 0
+
+    def allowed(self) -> str:
+        routes = self._controllers.find(self.request.path)[0] if self._controllers is not None else ()
+        return _allow(_by_method(routes))
+
+    def prepare(self) -> None:
+        # The limits of Tornado's HTTP server end the connection without an answer.
+        self.request.connection.set_max_body_size(sys.maxsize)  # type: ignore[union-attr]  # HTTP1Connection has it
+        try:
+            declared = int(self.request.headers.get("Content-Length", "0"))
+        except ValueError:  # Tornado refuses that next
+            return
+        waits = self.request.headers.get("Expect", "").lower() == "100-continue"
+        if declared > self._limit and (waits or declared > self._limit + _DRAINED):
+            self._refuse_body()
+
+    def data_received(self, chunk: bytes) -> None:
+        self._received += len(chunk)
+        if self._received <= self._limit:
+            self._body.append(chunk)
+        elif self._received > self._limit + _DRAINED and not self._finished:
+            self._refuse_body()
+
+    def _refuse_body(self) -> asyncio.Future[None]:
+        refusal = Refusal(413, f"the body is larger than {self._limit} bytes", headers={"Connection": "close"})
+        return self.respond(refusal.response)
+
+    async def _serve(self) -> None:
+        if self._finished:
+            return
+        with contextlib.suppress(StreamClosedError):
+            if self._received > self._limit:
+                await self._refuse_body()
+            elif self._controllers is None:
+                await self.respond(Refusal(404, "not found").response)
+            else:
+                self.request.body = b"".join(self._body)
+                with self._controllers.running():
+                    await self.respond(await self._controllers.answer(self.request))
+
+    get = head = post = put = patch = delete = options = _serve
+
+    # Pages from elsewhere are refused by our own rule, as they are for handshakes.
+
+    def check_xsrf_cookie(self) -> None:
+        """Not needed with the check of the origin."""
+
+    def check_trusted_origin(self, origin: str) -> bool:
+        """Left to `Controllers.answer`."""
+        return True
+
+
+__all__ = [
+    "JSON",
+    "Answered",
+    "Chain",
+    "Context",
+    "Controller",
+    "ControllerHandler",
+    "Controllers",
+    "Delete",
+    "Get",
+    "JsonHandler",
+    "Middleware",
+    "MiddlewareService",
+    "Next",
+    "Origins",
+    "Patch",
+    "Post",
+    "Put",
+    "Refusal",
+    "Response",
+    "make_response",
+    "parse_query",
+]

@@ -1,0 +1,132 @@
+"""Ready-made middleware, to be listed as instances: ``@WebSocket("/chat", middlewares=[RateLimit(10, per=60)])``."""
+
+from __future__ import annotations
+
+import inspect
+import ipaddress
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ConfigurationError
+from .http import Context, Middleware, MiddlewareService, Next, Response
+
+
+@Middleware()
+class RateLimit(MiddlewareService):
+    """At most ``limit`` handshakes (or requests) in ``per`` seconds from one client; more get 429 and ``Retry-After``.
+
+    They may come at once; after that, one more is free every ``per / limit`` seconds. ``key``: what tells clients
+    apart, given the context; by default the address, of which IPv6 clients have a whole /64. ``max_clients``: how
+    many are remembered, those seen last. One instance in several places counts for all of them together.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        per: float = 60.0,  # seconds
+        key: Callable[[Context], str] | None = None,
+        max_clients: int = 10_000,
+    ) -> None:
+        if limit < 1 or per <= 0 or max_clients < 1:
+            raise ConfigurationError("RateLimit needs a limit and max_clients of at least 1, and per > 0")
+        self._interval = per / limit
+        self._burst = per - 0.999 * self._interval  # a little less than one, against rounding
+        self._key = key or _client_address
+        self._max_clients = max_clients
+        self._clock = time.monotonic
+        # The generic cell rate algorithm: one time per client, at which all it has used will be free again.
+        self._free_at: OrderedDict[str, float] = OrderedDict()
+
+    async def handle(self, context: Context, next: Next) -> Response | None:
+        key, now = self._key(context), self._clock()
+        free_at = max(self._free_at.get(key, now), now)
+        wait = free_at - now - self._burst
+        if wait > 0:
+            seconds = max(1, math.ceil(wait))
+            return context.send({"error": "too many requests"}, 429, headers={"Retry-After": seconds})
+        self._free_at[key] = free_at + self._interval
+        self._free_at.move_to_end(key)
+        if len(self._free_at) > self._max_clients:
+            self._free_at.popitem(last=False)
+        return await next()
+
+
+def _client_address(context: Context) -> str:
+    address = str(context.req.remote_ip)
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.version == 4 or parsed.ipv4_mapped is not None:
+        return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+@Middleware()
+class TokenAuth(MiddlewareService):
+    """Lets only those pass who bring a token that ``verify`` knows; others get 401 and ``WWW-Authenticate``.
+
+    ``verify(token)``, sync or async, returns what becomes ``ws.data.values`` (and ``context.state["user"]``, for
+    controllers), or None for a token that is not valid. The token comes from ``Authorization: Bearer …``, or else
+    from the query string, as browsers cannot set a header of a handshake; ``query_parameter`` is its name there, or
+    None for headers only.
+    """
+
+    def __init__(self, verify: Callable[[str], Any], *, query_parameter: str | None = "token") -> None:
+        if not callable(verify):
+            raise ConfigurationError(f"TokenAuth takes a function that verifies a token, not {verify!r}")
+        self._verify = verify
+        self._parameter = query_parameter
+
+    async def handle(self, context: Context, next: Next) -> Response | None:
+        token: object = context.bearer_token
+        if token is None and self._parameter is not None:
+            token = context.query.get(self._parameter) or None
+        if token is None:
+            return _unauthorized(context, "a token is needed", "Bearer")
+        value = self._verify(token) if isinstance(token, str) else None
+        if inspect.isawaitable(value):
+            value = await value
+        if value is None or value is False:
+            return _unauthorized(context, "the token is not valid", 'Bearer error="invalid_token"')
+        context.set_websocket_value(value)
+        context.state["user"] = value
+        return await next()
+
+
+def _unauthorized(context: Context, message: str, challenge: str) -> Response:
+    return context.send({"error": message}, 401, headers={"WWW-Authenticate": challenge})
+
+
+@Middleware()
+class RequestLog(MiddlewareService):
+    """Logs each handshake or request when it is answered: method, path, status, time, address.
+
+    The query string is left out, since there may be a token in it. ``logger``: by default
+    ``asena_tornado.requests``.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None, *, level: int = logging.INFO) -> None:
+        self._log = logger or logging.getLogger("asena_tornado.requests")
+        self._level = level
+
+    async def handle(self, context: Context, next: Next) -> None:
+        started = time.perf_counter()
+        outcome: object = "failed"
+        try:
+            response = await next()
+            outcome = "connected" if response is None else response.status
+        finally:
+            took = 1000 * (time.perf_counter() - started)  # milliseconds
+            request = context.req
+            self._log.log(
+                self._level, "%s %s %s %.1f ms %s", request.method, request.path, outcome, took, request.remote_ip
+            )
+
+
+__all__ = ["RateLimit", "RequestLog", "TokenAuth"]
