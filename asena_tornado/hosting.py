@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
+import importlib.metadata
 import inspect
 import logging
+import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from .errors import ServerStateError
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
+
+_WAKE_EVERY = 0.2  # seconds
 
 
 class LoopDoor:
@@ -98,7 +103,8 @@ class LoopDoor:
             completion.close()
             raise ServerStateError("the server's event loop is closed") from error
         try:
-            return await asyncio.wrap_future(future)
+            with waking():
+                return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._shut or (task is not None and task.cancelling()):
@@ -150,7 +156,7 @@ class LoopThread:
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """Run on the loop and wait; an interrupted wait cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work(), self.loop)
+        future = in_empty_context(lambda: asyncio.run_coroutine_threadsafe(work(), self.loop))
         try:
             return future.result()
         except BaseException:
@@ -196,24 +202,57 @@ def in_empty_context(function: Callable[[], R]) -> R:
     return contextvars.Context().run(function)
 
 
+@contextlib.contextmanager
+def waking() -> Iterator[None]:
+    """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
+    and then (https://github.com/ipython/ipykernel/issues/881)."""
+    if "ipykernel" not in sys.modules or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        nonlocal timer
+        timer = loop.call_later(_WAKE_EVERY, wake)
+
+    timer = loop.call_later(_WAKE_EVERY, wake)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run_nested(loop: asyncio.AbstractEventLoop, work: Awaitable[R], instead: str) -> R:
     """Wait for ``work`` on the very loop that runs the caller; possible only where loops may nest.
 
     Raises `ServerStateError` that names ``instead``, what can be awaited.
     """
-    if not getattr(loop, "_nest_patched", False):
+    problem = _why_not_nested(loop)
+    if problem is not None:
         if inspect.iscoroutine(work):
             work.close()
-        raise ServerStateError(
-            f"a loop cannot wait for itself: {instead}; or install nest-asyncio2 and call nest_asyncio2.apply() first"
-        )
-    module = sys.modules.get("nest_asyncio")
-    kernel = sys.modules.get("ipykernel")
-    if module is not None and kernel is not None and kernel.version_info[0] >= 7:
-        if inspect.iscoroutine(work):
-            work.close()
-        raise ServerStateError(
-            "nest_asyncio loses queued cells on ipykernel 7 and is no longer maintained; restart the kernel and "
-            f"use nest_asyncio2 instead, or {instead}"
-        )
+        raise ServerStateError(f"a loop cannot wait for itself: {instead}; {problem}")
     return loop.run_until_complete(work)
+
+
+def _why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
+    """What is against waiting on the loop that runs, or None.
+
+    ipykernel 7 runs all cells in one context. A nested loop that does not put off what is to run in that context
+    drops it, and the kernel never runs another cell: so do nest_asyncio, and nest_asyncio2 before 1.7.3.
+    """
+    apply = "install nest-asyncio2 and call nest_asyncio2.apply()"
+    patch = getattr(loop.run_until_complete, "__module__", None)
+    if patch not in ("nest_asyncio", "nest_asyncio2"):
+        return f"or {apply} first"
+    kernel = sys.modules.get("ipykernel")
+    if kernel is None or kernel.version_info[0] < 7:
+        return None
+    if patch == "nest_asyncio":
+        return (
+            f"nest_asyncio loses queued cells on ipykernel 7 and is no longer maintained: restart the kernel, {apply}"
+        )
+    version = importlib.metadata.version("nest-asyncio2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (1, 7, 3):
+        return f"nest-asyncio2 {version} loses queued cells on ipykernel 7: restart the kernel with 1.7.3 or later"
+    return None

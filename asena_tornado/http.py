@@ -225,6 +225,10 @@ class Origins:
             f"the origin {shown} is not allowed; to allow it: AsenaServer(..., allowed_origins=[{shown}])",
         )
 
+    def allow(self, origin: str) -> None:
+        """Allow one more, such as where a proxy shows the server to browsers."""
+        self._allowed = (*self._allowed, origin.lower())
+
     def listed(self, origin: str) -> bool:
         """Whether it is among the allowed ones."""
         return any(fnmatch.fnmatchcase(origin.lower(), pattern) for pattern in self._allowed)

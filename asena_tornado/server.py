@@ -29,11 +29,12 @@ from .client import Client, connect
 from .connection import Endpoint, Outbox, websocket_routes
 from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
-from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop
+from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop, waking
 from .http import Chain, ControllerHandler, Controllers, Origins, Refusal
 from .inspector import Inspector
 from .namespace import Namespace, serving
 from .options import WebSocketOptions
+from .reachability import Reach, reach
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
 
 log = logging.getLogger("asena_tornado")
@@ -55,6 +56,7 @@ class AsenaServer:
     that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
     such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
     to a controller may have; a larger one is answered with 413. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+    ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -69,6 +71,7 @@ class AsenaServer:
         allowed_origins: Sequence[str] = (),
         max_body_size: int = 1024 * 1024,  # bytes
         ssl_options: ssl.SSLContext | None = None,
+        public_url: str | None = None,
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
@@ -89,6 +92,7 @@ class AsenaServer:
         self._controllers = self._no_controllers()
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
         self._ssl = ssl_options
+        self._public_url = public_url
         self._namespaces: dict[str, Namespace] = {}
         self._built = False
         self._state: State = "new"
@@ -136,15 +140,27 @@ class AsenaServer:
         return self._ulak
 
     def url(self, path: str = "/") -> str:
-        """Where the path is: ``ws://…`` (``wss://…``) for a namespace, ``http://…`` (``https://…``) otherwise."""
+        """Where a browser finds the path: ``ws(s)://…`` for a namespace, ``http(s)://…`` otherwise.
+
+        That is the address it listens on, unless ``public_url`` or the notebook's surroundings say otherwise (see
+        `reachability`).
+        """
+        return self._address_of(path, self._reach().base)
+
+    def _address_of(self, path: str, base: str) -> str:
         path = path if path.startswith("/") else f"/{path}"
-        scheme = "ws" if path.partition("?")[0] in self._paths or path in self._namespaces else "http"
+        if path.partition("?")[0] in self._paths:
+            base = base.replace("http", "ws", 1)
+        return base + path
+
+    def _reach(self) -> Reach:
+        return reach(self.port, self._local_base(), template=self._public_url)
+
+    def _local_base(self) -> str:
         host = self._address or "localhost"
         if host in ("0.0.0.0", "::"):
             host = "localhost"
-        if ":" in host:
-            host = f"[{host}]"
-        return f"{scheme}{'s' if self._ssl else ''}://{host}:{self.port}{path}"
+        return f"http{'s' if self._ssl else ''}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def inspector(self) -> Inspector:
@@ -520,6 +536,7 @@ class AsenaServer:
                 max_body_size=self._max_body_size,
             )
             self._http.add_sockets(self._listeners)
+            self._origins.allow(self._reach().origin)
         self._state = "running"
         _running.add(self)
 
@@ -552,7 +569,8 @@ class AsenaServer:
         if self._state in ("new", "stopped", "replaced") or door is None:
             return
         if threading.get_ident() != door.thread:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
+            with waking():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
             self._end_thread()
             return
         self._close_soon(timeout)
@@ -644,7 +662,7 @@ class AsenaServer:
     ) -> Client:
         """Connect a client to this server: ``await server.connect("/chat?username=Ann")``. See `client.connect`."""
         self._open_door()
-        url = self.url(path)
+        url = self._address_of(path, self._local_base())
         if url.startswith("http"):
             url = "ws" + url.removeprefix("http")
         return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
@@ -680,7 +698,8 @@ class AsenaServer:
             for path in (self._paths if self._built and self._state == "running" and self._hosting != "app" else ())
         )
         table = f"<table>{rows}</table>" if rows else ""
-        return f"<div>{html.escape(repr(self))}{table}</div>"
+        note = self._reach().note if rows else ""
+        return f"<div>{html.escape(repr(self))}{table}{f'<small>{html.escape(note)}</small>' if note else ''}</div>"
 
 
 async def _close_sockets(namespaces: Sequence[Namespace], timeout: float, code: int, reason: str) -> None:

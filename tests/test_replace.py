@@ -234,7 +234,7 @@ async def test_a_reloaded_module_takes_over(
 async def test_twenty_runs_of_the_cell_leave_nothing_behind(port: int, connect: Connect) -> None:
     server = AsenaServer(chat("0"), port=port).start()
     client = await connect(server, "/chat")
-    gone = []
+    gone: list[weakref.ref[Any]] = []
     for number in range(1, 21):
         gone += [weakref.ref(server), weakref.ref(server.namespaces["/chat"].hooks.service)]
         server = AsenaServer(chat(str(number)), port=port).start()

@@ -220,7 +220,7 @@ class SocketChannel:
 class StreamChannel:
     """The same over a Tornado stream: for TLS, and for loops that cannot watch a socket (Windows' proactor)."""
 
-    send = None  # there is more to do than to send
+    send: Callable[[bytes], int] | None = None  # there is more to do than to send
 
     def __init__(self, stream: IOStream) -> None:
         self._stream = stream
