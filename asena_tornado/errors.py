@@ -22,6 +22,7 @@ __all__ = [
     "ServerStateError",
     "SocketClosedError",
     "SocketNotFoundError",
+    "TransportError",
     "UlakError",
     "UlakErrorCode",
 ]
@@ -83,6 +84,10 @@ class SocketNotFoundError(AsenaError, LookupError):
 
 class NamespaceNotFoundError(AsenaError, LookupError):
     """No namespace has this path, or it has to be said which of several is meant."""
+
+
+class TransportError(AsenaError, ConnectionError):
+    """The other nodes cannot be reached at the moment. The transport goes on trying."""
 
 
 class ConnectionClosed(AsenaError, ConnectionError):

@@ -56,6 +56,38 @@ class FanOut(Protocol):
     def flush(self) -> None: ...
 
 
+class Link(Protocol):
+    """The way to the other nodes (see `transports.cluster`). Called on the loop, except for `check`."""
+
+    def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
+        """Hand the message over; False if the other nodes do not get it."""
+        ...
+
+    def join(self, path: str, room: str) -> None:
+        """The room has its first local member."""
+        ...
+
+    def leave(self, path: str, room: str) -> None:
+        """The room's last local member has left."""
+        ...
+
+    def check(self, room: str) -> None:
+        """Raise `RoomNameError` for a name that cannot travel."""
+        ...
+
+
+class Addressed(int):
+    """How many local sockets are addressed. ``carried``: whether the transport took it for the other nodes."""
+
+    carried = True
+
+
+class AddressedHere(Addressed):
+    """The same, when the other nodes do not get it: Redis is away, or too slow."""
+
+    carried = False
+
+
 def normalize_path(path: object) -> str:
     """``"chat"`` means ``"/chat"``. Raises `ConfigurationError` for what cannot be the path of a URL."""
     if not isinstance(path, str) or not path.strip("/ "):
@@ -102,6 +134,7 @@ class Namespace:
         self.options = options
         self.door: Door = _CLOSED_DOOR
         self.outbox: FanOut | None = None
+        self.link: Link | None = None
         self.index: RoomIndex[Socket[Any]] = RoomIndex()
         self.events = EventLog(path)
         self.dropped = 0  # messages refused by the limit on waiting bytes
@@ -134,16 +167,46 @@ class Namespace:
     ) -> int:
         """Send to rooms (None: to everybody), but not to the excluded nor to ``origin``.
 
-        Returns how many sockets are addressed; from another thread, as seen at the time of the call.
+        Returns how many local sockets are addressed; from another thread, as seen at the time of the call. Where
+        there are other nodes it is an `Addressed`.
         """
         names = None if rooms is None else room_names(rooms)
         message = encode(data)
+        if self.link is not None:
+            return self._publish_everywhere(self.link, names, message, exclude, origin)
         excluded = self._excluded(exclude, origin)
         if self.door.inside():
             return self._deliver(names, message, excluded)
         self.door.run(self._deliver, names, message, excluded)
         members = self._members(names)
         return len(members) - sum(1 for socket in excluded or () if socket in members)
+
+    def _publish_everywhere(
+        self,
+        link: Link,
+        names: tuple[str, ...] | None,
+        message: Message,
+        exclude: Exclude,
+        origin: Socket[Any] | None,
+    ) -> int:
+        each = (exclude,) if isinstance(exclude, str | Socket) else tuple(exclude)
+        excluded = self._excluded(each, origin)
+        # A socket is on one node only: the others need not be told of those that are here, such as the origin.
+        elsewhere = tuple(id for id in each if isinstance(id, str) and id not in self._by_id)
+        for room in names or ():
+            link.check(room)
+        if self.door.inside():
+            count = self._deliver(names, message, excluded)
+            carried = link.publish(self.path, names, message, elsewhere)
+            return Addressed(count) if carried else AddressedHere(count)
+        self.door.run(self._deliver, names, message, excluded)
+        self.door.run(link.publish, self.path, names, message, elsewhere)
+        members = self._members(names)
+        return Addressed(len(members) - sum(1 for socket in excluded or () if socket in members))
+
+    def deliver(self, names: tuple[str, ...] | None, message: Message, excluded: Iterable[str]) -> None:
+        """Send what another node published; called on the loop."""
+        self._deliver(names, message, self._excluded(excluded, None))
 
     def send_to(self, socket: Socket[Any], message: Message) -> bool:
         """Send to one socket; False if it was not taken."""
@@ -186,6 +249,8 @@ class Namespace:
     def join(self, socket: Socket[Any], room: str) -> None:
         """Put the socket into the room, from any thread."""
         check_room(room)
+        if self.link is not None:
+            self.link.check(room)
         if socket.ready_state is not ReadyState.OPEN:
             raise SocketClosedError(f"socket {socket.id} is closed and cannot join {room!r}")
         self.door.run(self._join, socket, room)
@@ -193,6 +258,8 @@ class Namespace:
     def _join(self, socket: Socket[Any], room: str) -> None:
         if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
+            if self.link is not None and not self.index.members(room):
+                self.link.join(self.path, room)
             self.index.join(socket, room)
             self.events.record("joined", socket.id, rooms=(room,))
 
@@ -206,8 +273,13 @@ class Namespace:
             socket._left_rooms -= {room}
         elif room in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
-            self.index.leave(socket, room)
+            self._take_out(socket, room)
             self.events.record("left", socket.id, rooms=(room,))
+
+    def _take_out(self, socket: Socket[Any], room: str) -> None:
+        self.index.leave(socket, room)
+        if self.link is not None and not self.index.members(room):
+            self.link.leave(self.path, room)
 
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
         """The names of the rooms the socket is in."""
@@ -248,7 +320,7 @@ class Namespace:
         socket._left_rooms = self.rooms_of(socket)
         for room in socket._left_rooms:
             outbox.seal(self.index.members(room))
-            self.index.leave(socket, room)
+            self._take_out(socket, room)
         outbox.seal(self._everyone)
         del self._everyone[socket]
         del self._by_id[socket.id]

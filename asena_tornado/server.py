@@ -31,11 +31,12 @@ from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop, waking
 from .http import Chain, ControllerHandler, Controllers, Origins, Refusal
-from .inspector import Inspector
+from .inspector import Inspector, SocketSnapshot
 from .namespace import Namespace, serving
 from .options import WebSocketOptions
 from .reachability import Reach, reach
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
+from .transports import Cluster, Gap, LocalTransport, Transport
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
@@ -57,6 +58,8 @@ class AsenaServer:
     such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
     to a controller may have; a larger one is answered with 413. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
     ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
+    ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
+    ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -72,6 +75,8 @@ class AsenaServer:
         max_body_size: int = 1024 * 1024,  # bytes
         ssl_options: ssl.SSLContext | None = None,
         public_url: str | None = None,
+        transport: Transport | None = None,
+        on_gap: Callable[[Gap], object] | None = None,
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
@@ -93,6 +98,9 @@ class AsenaServer:
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
         self._ssl = ssl_options
         self._public_url = public_url
+        self._transport: Transport = transport or LocalTransport()
+        self._on_gap = on_gap
+        self._cluster: Cluster | None = None
         self._namespaces: dict[str, Namespace] = {}
         self._built = False
         self._state: State = "new"
@@ -166,6 +174,16 @@ class AsenaServer:
     def inspector(self) -> Inspector:
         """A view of the live sockets and rooms, with ways to act on them. See `Inspector`."""
         return Inspector(self)
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """This server's part in the cluster; None without a transport, or while it does not run."""
+        return self._cluster
+
+    @property
+    def ready(self) -> bool:
+        """Whether it runs and, if there is a transport, reaches the other nodes. A load balancer may ask for it."""
+        return self._state == "running" and (self._cluster is None or self._cluster.ready)
 
     # -- starting
 
@@ -417,13 +435,33 @@ class AsenaServer:
         if self._door is None or self._door.is_shut:
             self._prepare()
         try:
+            self._cluster = await self._new_cluster(self._namespaces)
             await self._container.start()
             self._listen()
         except BaseException:
             assert self._door is not None
             self._door.shut()
             await self._container.stop()
+            await self._leave_cluster()
             raise
+
+    async def _new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
+        if isinstance(self._transport, LocalTransport) and self._transport.hub is None:
+            return None
+        cluster = Cluster(self._transport, on_gap=self._on_gap, describe=SocketSnapshot.of)
+        cluster.serve(namespaces)
+        try:
+            await cluster.start()
+        except BaseException:
+            cluster.serve({})
+            raise
+        return cluster
+
+    async def _leave_cluster(self) -> None:
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            await cluster.stop()
+            cluster.serve({})
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
         """On a loop that runs this very code: what has to be awaited goes on in a task."""
@@ -475,6 +513,11 @@ class AsenaServer:
     async def _replace(self, old: AsenaServer) -> None:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
         self._build()
+        if old._cluster is not None and old._transport == self._transport:
+            self._transport = old._transport
+            cluster: Cluster | None = old._cluster
+        else:
+            cluster = await self._new_cluster({})
         # What the new components send as they start goes to the clients that are taken over.
         assert old._door is not None
         for path, fresh in self._namespaces.items():
@@ -482,7 +525,12 @@ class AsenaServer:
             namespace.door, namespace.outbox = old._door, old._outbox
             bind(fresh.hooks.service, namespace)
             self._ulak.open(old._door, [namespace])
-        await self._container.start(running=old._container)
+        try:
+            await self._container.start(running=old._container)
+        except BaseException:
+            if cluster is not None and cluster is not old._cluster:
+                await cluster.stop()
+            raise
         # The switch itself waits for nothing: it falls between two messages.
         self._door, self._outbox, self._port = old._door, old._outbox, old._port
         gone = []
@@ -494,6 +542,12 @@ class AsenaServer:
             else:
                 gone.append(kept)
                 old._endpoints[path].closing = True
+        self._cluster, old_cluster, old._cluster = cluster, old._cluster, None
+        if old_cluster is not None and old_cluster is not cluster:
+            old_cluster.serve({})
+        if cluster is not None:
+            cluster.on_gap = self._on_gap
+            cluster.serve(self._namespaces)
         self._open_namespaces()
         # Duplicates, because a Tornado server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
@@ -504,9 +558,12 @@ class AsenaServer:
         old._state = "replaced"
         old._stopped.set()
         _running.discard(old)
-        self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, gone))
+        retiring = self._retire(old, old_http, gone, None if old_cluster is cluster else old_cluster)
+        self._retiring = asyncio.get_running_loop().create_task(retiring)
 
-    async def _retire(self, old: AsenaServer, http: HTTPServer | None, gone: list[Namespace]) -> None:
+    async def _retire(
+        self, old: AsenaServer, http: HTTPServer | None, gone: list[Namespace], cluster: Cluster | None
+    ) -> None:
         """What is left of the old server: namespaces without a successor, idle HTTP connections, components."""
         before, old._retiring = old._retiring, None
         if before is not None:
@@ -515,6 +572,8 @@ class AsenaServer:
         await old._controllers.drain(asyncio.get_running_loop().time() + _STOP_TIMEOUT)
         if http is not None:
             await _close_http(http)
+        if cluster is not None:
+            await cluster.stop()
         await old._container.stop(successor=self._container)
         old._ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
         old._namespaces, old._endpoints, old._door, old._outbox = {}, {}, None, None
@@ -614,6 +673,7 @@ class AsenaServer:
             if self._http is not None:
                 await _close_http(self._http)
             await self._container.stop()
+            await self._leave_cluster()
         finally:
             assert self._door is not None
             self._door.shut()
