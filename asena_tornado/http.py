@@ -231,7 +231,9 @@ class Origins:
 
     def listed(self, origin: str) -> bool:
         """Whether it is among the allowed ones."""
-        return any(fnmatch.fnmatchcase(origin.lower(), pattern) for pattern in self._allowed)
+        origin = origin.lower()
+        # As it stands first: in a pattern, the brackets of http://[::1] mean something else.
+        return origin in self._allowed or any(fnmatch.fnmatchcase(origin, pattern) for pattern in self._allowed)
 
     @staticmethod
     def same(origin: str, host: str) -> bool:

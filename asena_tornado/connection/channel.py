@@ -247,6 +247,8 @@ class StreamChannel:
                 data = await self._stream.read_bytes(_READ_SIZE, partial=True)
                 if self._owner is not None:
                     self._owner.data_received(data)
+                # As long as there is input, nothing above waits: others must get their turn.
+                await asyncio.sleep(0)
         except StreamClosedError:
             self._closed()
 

@@ -148,7 +148,7 @@ class Connection:
         try:
             parser.feed(data)
         except ProtocolError as error:
-            self._fail(error)
+            self._after_messages(self._fail, error)
         else:
             if parser.waiting:
                 self.channel.pause()
@@ -176,20 +176,23 @@ class Connection:
         if self.state is not ReadyState.OPEN:
             return
         if self.channel.waiting <= self._limit:
-            self._outbox.send(self, frame(PONG, payload))
+            self._outbox.send(self, frame(PONG, payload), 0)
         self._notify(self._namespace.hooks.ping, payload)
 
     def pong_received(self, payload: bytes) -> None:
         """Measure the round trip if the pong answers our own ping."""
         if len(payload) == 8 and self.ping_sent_at is not None:
             (sent,) = struct.unpack("!d", payload)
-            if sent == self.ping_sent_at:
+            if sent == self.pinged_at:
                 self.round_trip_time = self._loop.time() - sent
                 self.ping_sent_at = None
         self._notify(self._namespace.hooks.pong, payload)
 
     def close_received(self, code: int, reason: str) -> None:
         """The client closes, or answers our own close."""
+        self._after_messages(self._close_received, code, reason)
+
+    def _close_received(self, code: int, reason: str) -> None:
         if self.state is ReadyState.OPEN:
             self._code, self._reason = code, reason
             # Echo the code (RFC 6455 §5.5.1); 1005 only means that there was none.
@@ -224,9 +227,16 @@ class Connection:
         """Owe the message to the client; False if it was not taken."""
         if self.state is not ReadyState.OPEN:
             return False
-        data = message.frame if self.deflate is None else self.deflate.frame(message)
+        deflate = self.deflate
+        if deflate is None:
+            data = message.frame
+        else:
+            if deflate.shared is None:
+                # What was published before has to go through the same window before.
+                self._outbox.settle(self)
+            data = deflate.frame(message)
         waiting = self.channel.waiting
-        if waiting and waiting + self.owed_size + len(data) > self._limit:
+        if waiting and (self._overflowing or waiting + self.owed_size + len(data) > self._limit):
             self._overflow(1)
             return False
         if self._events.watched:
@@ -234,18 +244,21 @@ class Connection:
         self._outbox.send(self, data)
         return True
 
-    def write(self, data: bytes, count: int) -> None:
-        """Hand ``count`` joined frames to the channel, as far as the limit allows."""
+    def write(self, data: bytes, count: int) -> bool:
+        """Hand joined frames (``count`` messages) to the channel, as far as the limit allows; whether all fitted."""
         channel = self.channel
-        if channel.waiting and channel.waiting + len(data) > self._limit:
+        fits = True
+        if channel.waiting and (self._overflowing or channel.waiting + len(data) > self._limit):
+            fits = False
             data, taken = _fitting(data, self._limit - channel.waiting)
             self._overflow(count - taken)
             if not data or self._overflowing:
-                return
+                return False
             count = taken
         self.messages_out += count
         self.bytes_out += len(data)
         channel.write(data)
+        return fits
 
     def write_owed(self) -> None:
         """Hand over what the outbox gathered."""
@@ -258,9 +271,13 @@ class Connection:
         elif size <= _JOIN_BELOW:
             self.write(b"".join(owed), count)
         else:
-            for data in owed[:-1]:
-                self.write(data, 0)
-            self.write(owed[-1], count)
+            for data in owed:
+                messages = _fitting(data, len(data))[1]
+                count -= messages
+                if not self.write(data, messages):
+                    # What is newer must not overtake what was dropped.
+                    self._overflow(count)
+                    return
 
     @property
     def paused(self) -> bool:
@@ -282,9 +299,11 @@ class Connection:
         if self.state is not ReadyState.OPEN:
             return
         if not payload:
-            self.ping_sent_at = self.pinged_at = self._loop.time()
-            payload = struct.pack("!d", self.ping_sent_at)
-        self._outbox.send(self, frame(PING, payload))
+            self.pinged_at = self._loop.time()
+            if self.ping_sent_at is None:
+                self.ping_sent_at = self.pinged_at  # the first one counts: more pings give a dead client no more time
+            payload = struct.pack("!d", self.pinged_at)
+        self._outbox.send(self, frame(PING, payload), 0)
 
     def _overflow(self, count: int) -> None:
         """The client reads too slowly: drop what is newest, or close."""
@@ -293,6 +312,8 @@ class Connection:
         if not self._stalled:
             self._stalled = True
             self._events.record("dropped", self.socket.id, detail=f"{self.channel.waiting} bytes wait already")
+        if self.deflate is not None:
+            self.deflate.restart()
         if self._options.slow_client_policy == "close" and not self._overflowing:
             self._overflowing = True
             # Not now: somebody is going through a room's members.
@@ -309,8 +330,7 @@ class Connection:
         self._inbox_size = 0
         self._send_close(code.to_bytes(2, "big") + reason.encode())
         # Whatever was held back is no longer wanted, but the client's close frame is.
-        self._parser.held = False
-        self._resume()
+        self._release()
 
     def terminate(self) -> None:
         """Cut the connection without a close frame."""
@@ -322,15 +342,23 @@ class Connection:
         if self._task is not None:
             self._task.cancel()
 
+    def _after_messages(self, act: Callable[..., None], *args: Any) -> None:
+        """End what is to end, but behind the messages that came before: what answers them at once is still sent."""
+        self._parser.closed = True
+        if self._inbox:
+            self._loop.call_soon(act, *args)
+        else:
+            act(*args)
+
     def _fail(self, error: ProtocolError) -> None:
         """Fail the connection (RFC 6455 §7.1.7): say why, send no more, and let the client go."""
-        self._parser.closed = True
         if self.state is ReadyState.OPEN:
             self._code, self._reason = error.code, error.reason
             log.debug("%s: protocol error %s: %s", self.socket, error.code, error.reason)
             self._send_close(error.code.to_bytes(2, "big") + error.reason.encode())
         # Closing with unread input would reset the connection and could take the close frame along.
         self.channel.shut()
+        self._resume()
         self._end()
         self._set_close_timer(_LINGER)
 
@@ -484,7 +512,7 @@ class Connection:
         try:
             self._parser.release()
         except ProtocolError as error:
-            self._fail(error)
+            self._after_messages(self._fail, error)
             return
         self._resume()
 

@@ -12,11 +12,13 @@ from .frames import ProtocolError
 _TAIL = b"\x00\x00\xff\xff"
 _TOKEN = re.compile(r"^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$")
 _MAX_OFFERS = 16
+# Each final block in a message costs a copy of what follows it; nobody but an attacker needs more than one.
+_MAX_STREAMS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class DeflateParameters:
-    """What both sides agreed on. Window bits are 9 to 15 (8 on the client's side as well)."""
+    """What both sides agreed on. Window bits are 8 to 15."""
 
     server_no_context_takeover: bool
     client_no_context_takeover: bool
@@ -68,8 +70,6 @@ def _accept(parts: list[str], *, context_takeover: bool, window_bits: int) -> De
                 client_bits = int(given)
         else:
             return None
-    if server_bits == 8:
-        return None  # zlib cannot write a raw stream with a 256-byte window: decline this offer
     answer = ["permessage-deflate"]
     server_fresh = not context_takeover or "server_no_context_takeover" in offered
     client_fresh = not context_takeover or "client_no_context_takeover" in offered
@@ -106,10 +106,18 @@ class Deflate:
         else:
             self._compressor = self._new_compressor()
         if not parameters.client_no_context_takeover:
-            self._decompressor = zlib.decompressobj(-parameters.client_max_window_bits)
+            self._decompressor = self._new_decompressor()
 
     def _new_compressor(self) -> zlib._Compress:
-        return zlib.compressobj(self._level, zlib.DEFLATED, -self._parameters.server_max_window_bits, self._memory)
+        bits = self._parameters.server_max_window_bits
+        if bits == 8:
+            # zlib writes no raw stream with so small a window; one without references back needs none.
+            return zlib.compressobj(self._level, zlib.DEFLATED, -9, self._memory, zlib.Z_HUFFMAN_ONLY)
+        return zlib.compressobj(self._level, zlib.DEFLATED, -bits, self._memory)
+
+    def _new_decompressor(self) -> zlib._Decompress:
+        # Clients on an older zlib take 9 when they are asked for 8.
+        return zlib.decompressobj(-max(9, self._parameters.client_max_window_bits))
 
     def frame(self, message: Message) -> bytes:
         """The message as this connection's compressed frame (or as it is, when it is short)."""
@@ -124,6 +132,11 @@ class Deflate:
             made = message.variants[self.shared] = self._compress(message)
         return made
 
+    def restart(self) -> None:
+        """Frames were made but will not be sent: what comes next must not refer to them."""
+        if self._compressor is not None:
+            self._compressor = self._new_compressor()
+
     def _compress(self, message: Message) -> bytes:
         compressor = self._compressor or self._new_compressor()
         data = compressor.compress(message.payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
@@ -131,17 +144,25 @@ class Deflate:
 
     def inflate(self, data: bytes, limit: int) -> bytes:
         """Undo the client's compression; `ProtocolError` 1009 past ``limit`` bytes, 1007 when it is broken."""
-        stream = self._decompressor
-        if stream is None:
-            stream = zlib.decompressobj(-self._parameters.client_max_window_bits)
+        stream = self._decompressor or self._new_decompressor()
+        rest = data + _TAIL
+        plain = b""
         try:
-            # One byte more than allowed tells a bomb from a message of exactly the limit.
-            plain = stream.decompress(data + _TAIL, limit + 1)
+            for _ in range(_MAX_STREAMS):
+                # One byte more than allowed tells a bomb from a message of exactly the limit.
+                plain += stream.decompress(rest, limit + 1 - len(plain))
+                if len(plain) > limit:
+                    raise ProtocolError(1009, f"message longer than {limit} bytes")
+                if not stream.eof:
+                    break
+                # A block with BFINAL ends the stream; what follows it starts afresh (RFC 7692 §7.2.3.4).
+                rest, stream = stream.unused_data, self._new_decompressor()
+                if len(rest) <= len(_TAIL):
+                    break
+            else:
+                raise ProtocolError(1008, "too many final blocks in one message")
         except zlib.error as error:
             raise ProtocolError(1007, "broken compressed data") from error
-        if len(plain) > limit:
-            raise ProtocolError(1009, f"message longer than {limit} bytes")
-        if stream.eof and self._decompressor is not None:
-            # A block with BFINAL ends the stream; the next message starts afresh (RFC 7692 §7.2.3.4).
-            self._decompressor = zlib.decompressobj(-self._parameters.client_max_window_bits)
+        if self._decompressor is not None:
+            self._decompressor = stream
         return plain

@@ -54,6 +54,6 @@ class Keepalive:
                 if seen - silent_since >= options.ping_timeout:
                     connection.close(1011, "ping timeout")
                     continue
-            if options.idle_timeout and seen - connection.message_at >= options.idle_timeout:
+            if options.idle_timeout and not connection.paused and seen - connection.message_at >= options.idle_timeout:
                 connection.close(1001, "idle timeout")
         self._timer = self._loop.call_later(self._period, self._sweep) if self._connections else None

@@ -95,18 +95,23 @@ class Outbox:
             self._scheduled = True
             self._loop.call_soon(self._tick)
 
-    def send(self, connection: Connection, frame: bytes) -> None:
-        """Owe the frame to one connection."""
-        batch = self._open
-        if batch is not None and connection.socket in batch.members:
-            self._deal(batch)
-            self._open = None
-        self._owe(connection, frame)
+    def send(self, connection: Connection, frame: bytes, count: int = 1) -> None:
+        """Owe the frame to one connection; ``count`` is 0 for a control frame."""
+        if self._open is not None:
+            self.settle(connection)
+        self._owe(connection, frame, count)
         if connection.owed_size >= _FLUSH_AT:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._tick)
+
+    def settle(self, connection: Connection) -> None:
+        """Fix what the connection is owed so far."""
+        batch = self._open
+        if batch is not None and connection.socket in batch.members:
+            self._open = None
+            self._deal(batch)
 
     def seal(self, members: Mapping[Socket, None]) -> None:
         """These members are about to change: fix who gets what was published to them so far."""
@@ -118,9 +123,10 @@ class Outbox:
     def owed(self, connection: Connection) -> int:
         """Bytes gathered for the connection and not handed to its channel yet."""
         batch = self._open
-        if batch is not None and connection.socket in batch.members:
-            return connection.owed_size + batch.size
-        return connection.owed_size
+        if batch is None or connection.socket not in batch.members:
+            return connection.owed_size
+        skipped = batch.excluded.get(connection.socket, ())
+        return connection.owed_size + batch.size - sum(len(batch.messages[i].frame) for i in skipped)
 
     def _owe(self, connection: Connection, data: bytes, count: int = 1) -> None:
         if connection.owed is None:
