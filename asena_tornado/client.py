@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -18,37 +20,68 @@ _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes
 
 
 class Client:
-    """One connection to a server; made by `connect`. Every wait has a time limit, in seconds."""
+    """One connection to a server; made by `connect`. Every wait has a time limit, in seconds.
 
-    def __init__(self, connection: WebSocketClientConnection, url: str, timeout: float) -> None:
+    What arrives is kept until it is asked for, so that pings and a close are answered meanwhile.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
         self.url = url
-        self._connection = connection
         self._timeout = timeout
-        self._closed: ConnectionClosed | None = None
+        self._connection: WebSocketClientConnection | None = None
+        self._inbox: deque[str | bytes] = deque()
+        self._news = asyncio.Event()
+        self._over = False
+
+    def _arrived(self, message: str | bytes | None) -> None:
+        if message is not None:
+            self._inbox.append(message)
+        else:
+            self._over = True
+            if self._connection is not None:
+                # Also after the server has closed: only this tells Tornado's client that we are done with it.
+                self._connection.close()
+        self._news.set()
+
+    def _connected(self, connection: WebSocketClientConnection) -> Client:
+        self._connection = connection
+        if self._over:
+            connection.close()
+        return self
+
+    def _closed(self) -> ConnectionClosed:
+        assert self._connection is not None
+        return ConnectionClosed(self._connection.close_code, self._connection.close_reason or "")
 
     async def send(self, data: object) -> None:
         """Send: str as text, bytes as binary, anything else as JSON. Raises `EncodeError`, `ConnectionClosed`."""
         message = encode(data)
+        assert self._connection is not None
         try:
             await asyncio.wait_for(
                 self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
             )
+        except TimeoutError:
+            raise TimeoutError(f"{self.url} took nothing for {self._timeout} s") from None
         except WebSocketClosedError:
-            raise self._closed_error() from None
+            raise self._closed() from None
 
     async def recv(self, *, timeout: float | None = None) -> str | bytes:
         """The next message. Raises ``TimeoutError`` when none comes in time, `ConnectionClosed` when none will."""
-        if self._closed is not None:
-            raise self._closed
         limit = self._timeout if timeout is None else timeout
         try:
-            message = await asyncio.wait_for(self._connection.read_message(), limit)
+            async with asyncio.timeout(limit):
+                return await self._next()
         except TimeoutError:
             raise TimeoutError(f"no message from {self.url} within {limit} s") from None
-        if message is None:
-            self._closed = self._closed_error()
-            raise self._closed
-        return message
+
+    async def _next(self) -> str | bytes:
+        while not self._inbox:
+            if self._over:
+                raise self._closed()
+            self._news.clear()
+            await self._news.wait()
+        return self._inbox.popleft()
 
     async def recv_json(self, *, timeout: float | None = None) -> Any:
         """The next message, parsed as JSON."""
@@ -56,33 +89,24 @@ class Client:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close and wait until the server has answered. Messages not received yet are discarded."""
-        if self._closed is not None:
-            return
+        assert self._connection is not None
         self._connection.close(code, reason)
-        try:
-            while True:
-                await self.recv()
-        except (ConnectionClosed, TimeoutError):
-            self._closed = self._closed_error()
+        with contextlib.suppress(ConnectionClosed, TimeoutError):
+            async with asyncio.timeout(self._timeout):
+                while True:
+                    self._inbox.clear()
+                    await self._next()
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is known to be closed."""
-        return self._closed is not None
-
-    def _closed_error(self) -> ConnectionClosed:
-        # Also after the server has closed: only this tells Tornado's client that we are done with it.
-        self._connection.close()
-        return ConnectionClosed(self._connection.close_code, self._connection.close_reason or "")
+        """Whether the connection is closed. Messages that came before may still be received."""
+        return self._over
 
     async def __aiter__(self) -> AsyncIterator[str | bytes]:
-        """The messages until the server closes. Unlike `recv` it waits as long as it takes."""
-        while True:
-            message = await self._connection.read_message()
-            if message is None:
-                self._closed = self._closed_error()
-                return
-            yield message
+        """The messages until the connection is closed. Unlike `recv` it waits as long as it takes."""
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                yield await self._next()
 
     async def __aenter__(self) -> Client:
         return self
@@ -91,7 +115,7 @@ class Client:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.url} {'closed' if self._closed else 'open'}>"
+        return f"<Client {self.url} {'closed' if self._over else 'open'}>"
 
 
 async def connect(
@@ -103,11 +127,16 @@ async def connect(
     Raises `HandshakeRefused` with the status and body when the server answers with plain HTTP, ``TimeoutError``,
     and ``OSError`` when nobody listens.
     """
+    if not url.startswith(("ws://", "wss://")):
+        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {url!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )
+    client = Client(url, timeout)
     try:
-        connection = await asyncio.wait_for(websocket_connect(request, max_message_size=_MAX_MESSAGE_SIZE), timeout)
+        connection = await asyncio.wait_for(
+            websocket_connect(request, on_message_callback=client._arrived, max_message_size=_MAX_MESSAGE_SIZE), timeout
+        )
     except HTTPClientError as error:
         if error.code == 599:
             raise TimeoutError(f"{url} did not answer within {timeout} s") from None
@@ -115,7 +144,7 @@ async def connect(
         raise HandshakeRefused(url, error.code, body) from None
     except TimeoutError:
         raise TimeoutError(f"{url} did not answer within {timeout} s") from None
-    return Client(connection, url, timeout)
+    return client._connected(connection)
 
 
 __all__ = ["Client", "connect"]
