@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, ForwardRef, Generic, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    ForwardRef,
+    Generic,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
 from pydantic import BaseModel, TypeAdapter
+from typing_extensions import get_type_hints, is_typeddict
 
 from .container import component
 from .errors import ConfigurationError, InvalidMessageError, ServerStateError
@@ -144,20 +156,25 @@ def WebSocket(
     normal = normalize_path(path)
 
     def decorate(cls: S) -> S:
-        if not (issubclass(cls, AsenaWebSocketService)):
+        given: object = cls  # whatever the annotation says
+        if not (isinstance(given, type) and issubclass(given, AsenaWebSocketService)):
             raise ConfigurationError(f"@WebSocket({path!r}) needs a subclass of AsenaWebSocketService, not {cls!r}")
         for wrong, right in _MISSPELT.items():
             if wrong in vars(cls) and right not in vars(cls):
                 raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: here it is spelled {right}")
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
-        here = dict(sys._getframe(1).f_locals)
+        frame = sys._getframe(1)
+        here = dict(frame.f_locals)
+        handler = inspect.unwrap(cls.on_message)
+        # One inherited from another module means the names of that one.
+        nearby = {**here, **vars(cls)} if handler.__globals__ is frame.f_globals else {}
         spec = WebSocketSpec(
             normal,
             name or cls.__name__,
             tuple(middlewares),
             options,
             _resolve(_values_type(cls), cls, here),
-            _resolve(_message_annotation(cls), cls.on_message, here),
+            _resolve(_message_annotation(cls), handler, nearby),
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=tuple(middlewares))
@@ -236,9 +253,7 @@ class _Values:
             self._adapter = TypeAdapter(annotation)
         except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
             raise ConfigurationError(f"{annotation!r} cannot be the type of ws.data.values: {error}") from error
-        if isinstance(annotation, type) and (
-            issubclass(annotation, BaseModel) or is_dataclass(annotation) or is_typeddict(annotation)
-        ):
+        if isinstance(annotation, type) and not get_args(annotation):
             self._lists = _list_fields(annotation)
 
     def validate(self, given: object, *, from_query: bool) -> Any:
@@ -254,11 +269,32 @@ class _Values:
 
 
 def _list_fields(cls: type) -> frozenset[str]:
+    """What a query string calls the fields that hold several values."""
     if issubclass(cls, BaseModel):
-        fields = {(f.alias or name): f.annotation for name, f in cls.model_fields.items()}
+        fields: Mapping[str, Any] = cls.__pydantic_fields__
+    elif is_dataclass(cls) or is_typeddict(cls):
+        try:
+            fields = get_type_hints(cls)
+        except NameError:  # of a class that only its function knows; pydantic has its own ways to find those
+            return frozenset()
     else:
-        fields = get_type_hints(cls)
-    return frozenset(n for n, a in fields.items() if (get_origin(a) or a) in (list, set, tuple, frozenset))
+        return frozenset()
+    names: set[str] = set()
+    for name, field in fields.items():
+        if _holds_several(getattr(field, "annotation", field)):
+            alias = getattr(field, "validation_alias", None)
+            names.update((name, alias) if isinstance(alias, str) else (name,))
+    return frozenset(names)
+
+
+def _holds_several(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _holds_several(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return all(map(_holds_several, parts))
+    return (origin or annotation) in (list, set, tuple, frozenset, Sequence, Collection, Iterable, AbstractSet)
 
 
 def _hook(service: AsenaWebSocketService[Any], name: str, offered: int) -> Callable[..., Any] | None:
@@ -284,7 +320,7 @@ def _hook(service: AsenaWebSocketService[Any], name: str, offered: int) -> Calla
 
 def _values_type(cls: type) -> Any:
     """What stands for ``T`` in the bases of ``cls``, through generic classes in between."""
-    for base in getattr(cls, "__orig_bases__", cls.__bases__):
+    for base in vars(cls).get("__orig_bases__", cls.__bases__):
         origin = get_origin(base) or base
         if origin is AsenaWebSocketService:
             return (get_args(base) or (Any,))[0]
@@ -300,7 +336,8 @@ def _values_type(cls: type) -> Any:
 def _message_annotation(cls: type[AsenaWebSocketService[Any]]) -> Any:
     parameters = list(inspect.signature(cls.on_message).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return positional[1].annotation if len(positional) > 1 else str
+    # Who does not take the message takes any.
+    return positional[1].annotation if len(positional) > 1 else str | bytes
 
 
 def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
