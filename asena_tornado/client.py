@@ -13,6 +13,7 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
 from .errors import ConnectionClosed, HandshakeRefused
+from .hosting import waking
 from .messages import BINARY, encode
 
 _DEFAULT_TIMEOUT = 10.0  # seconds
@@ -58,9 +59,10 @@ class Client:
         message = encode(data)
         assert self._connection is not None
         try:
-            await asyncio.wait_for(
-                self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
-            )
+            with waking():
+                await asyncio.wait_for(
+                    self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
+                )
         except TimeoutError:
             raise TimeoutError(f"{self.url} took nothing for {self._timeout} s") from None
         except WebSocketClosedError:
@@ -80,7 +82,8 @@ class Client:
             if self._over:
                 raise self._closed()
             self._news.clear()
-            await self._news.wait()
+            with waking():
+                await self._news.wait()
         return self._inbox.popleft()
 
     async def recv_json(self, *, timeout: float | None = None) -> Any:
@@ -134,9 +137,9 @@ async def connect(
     )
     client = Client(url, timeout)
     try:
-        connection = await asyncio.wait_for(
-            websocket_connect(request, on_message_callback=client._arrived, max_message_size=_MAX_MESSAGE_SIZE), timeout
-        )
+        opening = websocket_connect(request, on_message_callback=client._arrived, max_message_size=_MAX_MESSAGE_SIZE)
+        with waking():
+            connection = await asyncio.wait_for(opening, timeout)
     except HTTPClientError as error:
         if error.code == 599:
             raise TimeoutError(f"{url} did not answer within {timeout} s") from None
