@@ -1,0 +1,448 @@
+"""What a server does in a real kernel, driven through the bare protocol: `nbclient` sends one cell at a time and
+would not notice a kernel that loses those which wait."""
+
+import os
+import queue
+import shutil
+import socket
+import tempfile
+import textwrap
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Origin
+
+pytest.importorskip("ipykernel")
+jupyter_client = pytest.importorskip("jupyter_client")
+
+pytestmark = pytest.mark.notebook
+
+ECHO = """
+import asyncio, threading, time
+from asena_tornado import AsenaServer, AsenaWebSocketService, Service, WebSocket
+
+enough = threading.Event()
+
+@WebSocket("/echo")
+class Echo(AsenaWebSocketService):
+    def on_message(self, ws, message: str):
+        print("heard", message)
+        if message == "enough":
+            enough.set()
+        if message == "fail":
+            raise ValueError("a handler's error")
+        ws.send(message)
+"""
+
+
+@dataclass
+class Cell:
+    """What has come of one cell so far."""
+
+    text: str = ""
+    error: str = ""
+    status: str = ""
+    idle: bool = False
+    data: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Kernel:
+    """A kernel of our own, and what its cells have shown."""
+
+    def __init__(self) -> None:
+        # Unix sockets: free TCP ports, chosen here and opened there, would be a race between parallel tests.
+        self._directory = Path(tempfile.mkdtemp(prefix="asena-"))
+        self.manager = jupyter_client.KernelManager(transport="ipc", ip=str(self._directory / "k"))
+        self.manager.start_kernel(env=os.environ | {"IPYTHONDIR": str(self._directory / "ipython")})
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self.client = self.manager.client()
+        self.cells: dict[str, Cell] = {}
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=50)
+        self.run(ECHO)
+
+    def send(self, *sources: str) -> list[str]:
+        """Queue cells, all at once; returns their ids."""
+        ids = [self.client.execute(textwrap.dedent(source), stop_on_error=False) for source in sources]
+        self.cells.update((id, Cell()) for id in ids)
+        return ids
+
+    def _read(self) -> None:
+        try:
+            message = self.client.get_iopub_msg(timeout=15)
+        except queue.Empty:
+            raise AssertionError(f"the kernel says nothing any more; so far: {self.cells}") from None
+        cell = self.cells.setdefault(message["parent_header"].get("msg_id", ""), Cell())
+        kind, content = message["msg_type"], message["content"]
+        if kind == "stream":
+            cell.text += content["text"]
+        elif kind in ("execute_result", "display_data"):
+            cell.data.append(content["data"])
+        elif kind == "error":
+            cell.error = f"{content['ename']}: {content['evalue']}"
+        elif kind == "status" and content["execution_state"] == "idle":
+            cell.idle = True
+
+    def finish(self, id: str) -> Cell:
+        """Wait until the cell has run."""
+        while not self.cells[id].idle:
+            self._read()
+        return self.cells[id]
+
+    def finish_all(self, ids: list[str]) -> list[Cell]:
+        return [self.finish(id) for id in ids]
+
+    def await_text(self, text: str) -> str:
+        """Wait until some cell shows the text; returns its id."""
+        while True:
+            for id, cell in self.cells.items():
+                if text in cell.text:
+                    return id
+            self._read()
+
+    def run(self, source: str) -> str:
+        """Run one cell, which must not fail; returns what it printed."""
+        cell = self.finish(self.send(source)[0])
+        assert not cell.error, cell.error
+        return cell.text
+
+    def fail(self, source: str) -> str:
+        """Run one cell, which must fail; returns the error."""
+        cell = self.finish(self.send(source)[0])
+        assert cell.error, "the cell did not fail"
+        return cell.error
+
+    def start(self, arguments: str = "port=0", hosting: str = "thread") -> str:
+        """Run a cell that starts an echo server, and one that says where."""
+        ids = self.send(
+            f"server = AsenaServer(Echo, {arguments}).start(hosting={hosting!r})", "print(server.url('/echo'))"
+        )
+        started, where = self.finish_all(ids)
+        assert not started.error, started.error
+        return where.text.strip()
+
+    def interrupt(self) -> None:
+        self.manager.interrupt_kernel()
+
+    def restart(self) -> None:
+        self.client.stop_channels()
+        self.manager.restart_kernel()
+        self._open()
+
+    def close(self) -> int:
+        """Shut down the way a notebook does; returns the process's exit code."""
+        process = self.manager.provisioner.process
+        self.manager.shutdown_kernel()
+        self.client.stop_channels()
+        self.manager.cleanup_resources()
+        shutil.rmtree(self._directory)
+        return process.returncode
+
+
+@pytest.fixture(scope="module")
+def shared_kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    yield kernel
+    kernel.close()
+
+
+@pytest.fixture
+def kernel(shared_kernel: Kernel) -> Iterator[Kernel]:
+    """One kernel for all tests that leave it as it was: with the echo service and no server."""
+    shared_kernel.cells.clear()
+    yield shared_kernel
+    shared_kernel.run("await server.aclose()")
+
+
+@pytest.fixture
+def fresh_kernel() -> Iterator[Kernel]:
+    """For tests that change it for good."""
+    kernel = Kernel()
+    yield kernel
+    kernel.close()
+
+
+def port_of(url: str) -> int:
+    port = urlsplit(url).port
+    assert port is not None
+    return port
+
+
+HOSTINGS = pytest.mark.parametrize("hosting", ["thread", "kernel"])
+
+
+@HOSTINGS
+def test_cells_queued_at_once_all_run(kernel: Kernel, hosting: str):
+    ids = kernel.send(
+        f"server = AsenaServer(Echo, port=0).start(hosting={hosting!r})",
+        "client = await server.connect('/echo')",
+        "await client.send('hello')",
+        "print('received', await client.recv())",
+        "await client.close()",
+        "print('stopping')",
+        "await server.aclose()",
+        "print(server.state)",
+    )
+    cells = kernel.finish_all(ids)
+    assert [cell.error for cell in cells] == [""] * len(ids)
+    assert cells[3].text.endswith("received hello\n")
+    assert cells[-1].text == "stopped\n"
+
+
+@pytest.mark.parametrize("work", ["time.sleep(0.01)", "sum(range(10_000))"])
+def test_a_client_gets_echoes_while_a_cell_is_busy(kernel: Kernel, work: str):
+    """The cell is busy until a message tells it to end: a server that had to wait for the cell would never get it."""
+    url = kernel.start()
+    (busy,) = kernel.send(
+        f"""
+        enough.clear()
+        deadline = time.monotonic() + 30
+        print('busy')
+        while not enough.is_set() and time.monotonic() < deadline:
+            {work}
+        print('enough' if enough.is_set() else 'the server did not hear it')
+        """
+    )
+    kernel.await_text("busy")
+    with connect(url) as client:
+        for text in ("one", "two", "enough"):
+            client.send(text)
+            assert client.recv(timeout=20) == text
+    assert kernel.finish(busy).text.endswith("enough\n")
+
+
+@HOSTINGS
+def test_what_handlers_print_goes_to_the_latest_cell(kernel: Kernel, hosting: str):
+    url = kernel.start(hosting=hosting)
+    with connect(url) as client:
+        (running,) = kernel.send("print('running')\nawait asyncio.to_thread(enough.wait, 30)\nenough.clear()")
+        kernel.await_text("running")
+        client.send("while it runs")
+        assert kernel.await_text("heard while it runs") == running
+        client.send("enough")
+        kernel.finish(running)
+        (idle,) = kernel.send("'done'")
+        kernel.finish(idle)
+        client.send("while none runs")
+        assert kernel.await_text("heard while none runs") == idle
+
+
+@HOSTINGS
+def test_logs_are_not_spilled_into_cells(kernel: Kernel, hosting: str):
+    url = kernel.start(hosting=hosting)
+    with connect(url) as client:
+        client.send("fail")
+        with pytest.raises(ConnectionClosed):
+            client.recv(timeout=20)
+    with pytest.raises(InvalidStatus), connect(url, origin=Origin("http://elsewhere.example")):
+        pass
+    http = url.replace("ws:", "http:")
+    for path in ("/nowhere", ""):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(http + path)
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(urllib.request.Request(http, b"no such thing", form))
+    address = ("localhost", port_of(url))
+    with socket.create_connection(address) as raw:
+        raw.sendall(b"nonsense\r\n\r\n")
+        raw.recv(100)
+    kernel.run("import sys; sys.stderr.flush(); print('that was all')")
+    shown = "".join(cell.text for cell in kernel.cells.values())
+    assert "Error" not in shown
+    assert "WARNING" not in shown
+    assert "40" not in shown
+
+
+def test_an_interrupt_ends_a_call_and_what_it_waits_for(kernel: Kernel):
+    url = kernel.start()
+    kernel.run(
+        """
+        async def wait_long():
+            print('waiting')
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                print('cancelled')
+        """
+    )
+    (waiting,) = kernel.send("server.call(wait_long, timeout=None)")
+    kernel.await_text("waiting")
+    kernel.interrupt()
+    assert "KeyboardInterrupt" in kernel.finish(waiting).error
+    kernel.await_text("cancelled")
+    assert kernel.run("print(server.state)") == "running\n"
+    with connect(url) as client:
+        client.send("still here")
+        assert client.recv(timeout=20) == "still here"
+
+
+@HOSTINGS
+def test_an_interrupt_ends_an_await_and_leaves_server_and_client_usable(kernel: Kernel, hosting: str):
+    kernel.start(hosting=hosting)
+    kernel.run("client = await server.connect('/echo')")
+    (waiting,) = kernel.send("print('waiting')\nawait client.recv(timeout=3600)")
+    kernel.await_text("waiting")
+    kernel.interrupt()
+    assert kernel.finish(waiting).error
+    assert "more\n" in kernel.run("await client.send('more'); print(await client.recv())")
+
+
+def test_an_interrupt_ends_a_start_that_hangs(kernel: Kernel):
+    kernel.run(
+        """
+        @Service
+        class Slow:
+            async def on_start(self):
+                print('starting')
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    print('given up')
+        """
+    )
+    (starting,) = kernel.send("server = AsenaServer(Echo, Slow, port=0)", "server.start()")[1:]
+    kernel.await_text("starting")
+    kernel.interrupt()
+    assert "KeyboardInterrupt" in kernel.finish(starting).error
+    kernel.await_text("given up")
+    assert kernel.run("print(server.state)") == "stopped\n"
+    # The port is free again.
+    url = kernel.start("port=server.port")
+    with connect(url) as client:
+        client.send("hello")
+        assert client.recv(timeout=20) == "hello"
+
+
+def test_several_servers_live_in_one_kernel(kernel: Kernel):
+    first = kernel.start()
+    kernel.run("others = [server]")
+    second = kernel.start()
+    third = kernel.start(hosting="kernel")
+    kernel.run("others.append(server)")
+    for url in (first, second, third):
+        with connect(url) as client:
+            client.send(url)
+            assert client.recv(timeout=20) == url
+    kernel.run("for other in others: await other.aclose()")
+
+
+def test_the_same_cell_run_three_times_keeps_the_clients(kernel: Kernel):
+    url = kernel.start()
+    cell = f"""
+        runs = globals().get("runs", 0) + 1
+
+        @WebSocket("/echo")
+        class Echo(AsenaWebSocketService):
+            run = runs
+            def on_message(self, ws, message: str):
+                ws.send(f"{{message}} {{self.run}}")
+
+        server = AsenaServer(Echo, port={port_of(url)}).start()
+        print(len(server.inspector.sockets))
+    """
+    with connect(url) as client:
+        client.send("0")
+        assert client.recv(timeout=20) == "0"
+        cells = kernel.finish_all(kernel.send(cell, cell, cell))
+        assert [(cell.error, cell.text) for cell in cells] == [("", "1\n")] * 3
+        client.send("run")
+        assert client.recv(timeout=20) == "run 3"
+    kernel.run(ECHO)
+
+
+def test_after_a_reset_of_the_names_the_cells_can_be_run_again(kernel: Kernel):
+    url = kernel.start()
+    with connect(url) as client:
+        kernel.run("%reset -f")
+        kernel.run("import gc; gc.collect()")
+        kernel.run(ECHO)
+        assert kernel.start(f"port={port_of(url)}") == url
+        client.send("still here")
+        assert client.recv(timeout=20) == "still here"
+
+
+def test_hosting_in_the_kernel_says_what_to_await(kernel: Kernel):
+    kernel.start(hosting="kernel")
+    assert "await server.aclose()" in kernel.fail("server.stop()")
+    assert "await it instead" in kernel.fail("server.call(lambda: asyncio.sleep(0))")
+    assert kernel.run("await server.aclose(); print(server.state)") == "stopped\n"
+
+
+def test_nest_asyncio2_makes_the_blocking_calls_possible(fresh_kernel: Kernel):
+    pytest.importorskip("nest_asyncio2")
+    fresh_kernel.run("import nest_asyncio2; nest_asyncio2.apply()")
+    fresh_kernel.start(hosting="kernel")
+    ids = fresh_kernel.send(
+        "client = await server.connect('/echo')",
+        "print(server.call(lambda: asyncio.sleep(0.1, 'called')))",
+        "await client.send('hello')",
+        "print('received', await client.recv())",
+        "server.stop()",
+        "print(server.state)",
+    )
+    cells = fresh_kernel.finish_all(ids)
+    assert [cell.error for cell in cells] == [""] * len(ids)
+    assert cells[1].text == "called\n"
+    assert "received hello" in cells[3].text
+    assert cells[-1].text == "stopped\n"
+    # Its earlier versions lose cells as nest_asyncio does.
+    fresh_kernel.start(hosting="kernel")
+    fresh_kernel.run("import importlib.metadata as metadata; metadata.version = lambda name: '1.7.2'")
+    assert "with 1.7.3 or later" in fresh_kernel.fail("server.stop()")
+
+
+def test_nest_asyncio_is_refused_because_it_loses_cells(fresh_kernel: Kernel):
+    pytest.importorskip("nest_asyncio")
+    fresh_kernel.run("import nest_asyncio; nest_asyncio.apply()")
+    fresh_kernel.start(hosting="kernel")
+    for wait in ("server.stop()", "server.call(lambda: asyncio.sleep(0))"):
+        error = fresh_kernel.fail(wait)
+        assert "nest_asyncio loses queued cells" in error
+        assert "nest_asyncio2" in error
+    cells = fresh_kernel.finish_all(fresh_kernel.send("await server.aclose()", "print(server.state)"))
+    assert cells[-1].text == "stopped\n"
+
+
+def test_nest_asyncio_may_be_imported_beside_its_successor(fresh_kernel: Kernel):
+    pytest.importorskip("nest_asyncio")
+    pytest.importorskip("nest_asyncio2")
+    fresh_kernel.run("import nest_asyncio, nest_asyncio2; nest_asyncio2.apply()")
+    fresh_kernel.start(hosting="kernel")
+    assert fresh_kernel.run("server.stop(); print(server.state)") == "stopped\n"
+
+
+def test_a_restarted_kernel_tells_the_clients_and_frees_the_port(fresh_kernel: Kernel):
+    url = fresh_kernel.start()
+    with connect(url) as client:
+        fresh_kernel.restart()
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+    url = fresh_kernel.start(f"port={port_of(url)}")
+    with connect(url) as client:
+        client.send("again")
+        assert client.recv(timeout=20) == "again"
+
+
+def test_a_running_server_does_not_hold_up_the_end_of_its_kernel():
+    """Otherwise the kernel would have to be killed (-9)."""
+    kernel = Kernel()
+    url = kernel.start()
+    with connect(url):
+        assert kernel.close() == 0
