@@ -26,7 +26,7 @@ from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Outbox, websocket_routes
+from .connection import Endpoint, Front, Outbox, websocket_routes
 from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop, waking
@@ -371,7 +371,8 @@ class AsenaServer:
                 namespaces[spec.path] = namespace
                 bind(instance, namespace)
                 if spec.middlewares:
-                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), spec.path, self)
+                    where = f"the handshake of {spec.path}"
+                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where, self)
             elif mark.kind == "Controller":
                 controllers.add(instance, self._instances)
         for path in namespaces:
@@ -587,7 +588,7 @@ class AsenaServer:
                 default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
             )
             self._http = HTTPServer(
-                app,
+                Front(app, self._endpoints.get),
                 ssl_options=self._ssl,
                 idle_connection_timeout=self._options.handshake_timeout,
                 body_timeout=self._options.handshake_timeout,

@@ -8,16 +8,24 @@ import binascii
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from email.utils import formatdate
+from http.client import responses
 from typing import Any
 from uuid import uuid4
 
 from pydantic import ValidationError
-from tornado.httputil import HTTPServerRequest
+from tornado.httputil import (
+    HTTPConnection,
+    HTTPHeaders,
+    HTTPMessageDelegate,
+    HTTPServerConnectionDelegate,
+    HTTPServerRequest,
+    RequestStartLine,
+    ResponseStartLine,
+)
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
-from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, parse_query
+from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
 from ..options import WebSocketOptions
@@ -53,46 +61,29 @@ class Endpoint:
         self.closing = False  # no more handshakes are taken
 
 
-class HandshakeHandler(JsonHandler, WebSocketHandler):
-    """One handshake. The handler ends with it: the `Connection` lives on alone."""
+class Handshake:
+    """One handshake, whoever has parsed the request: checks, middleware, values, upgrade."""
 
-    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
-        self._find_endpoint = endpoint
+    __slots__ = ("_client", "_endpoint", "_key", "_query", "_request", "_values")
 
-    async def get(self, *args: Any, **kwargs: Any) -> None:
-        """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
-        endpoint = await self._find_endpoint()
-        try:
-            key = self._check_request()
-            endpoint.origins.check(self.request, endpoint.namespace.path)
-            self._check_capacity(endpoint)
-            query = parse_query(self.request)
-            values, from_query = await self._admission(endpoint, query)
-            try:
-                values = endpoint.namespace.hooks.values(values, from_query=from_query)
-            except ValidationError as invalid:
-                raise Refusal(
-                    400, f"invalid data for {endpoint.namespace.path}", errors=validation_errors(invalid)
-                ) from None
-            # Others may have connected while middleware was waiting.
-            self._check_capacity(endpoint)
-        except Answered as answered:
-            endpoint.namespace.events.record(
-                "refused",
-                code=answered.response.status,
-                detail=f"{answered.response.body[:200].decode(errors='replace')} to {self.request.remote_ip}",
-            )
-            self.respond(answered.response)
-            return
-        data = SocketData(str(uuid4()), endpoint.namespace.path, query, values)
-        client = Socket(endpoint.namespace, data, str(self.request.remote_ip))
-        await Upgrade(self, endpoint, client, key).accept_connection(self)
+    def __init__(self, endpoint: Endpoint, request: HTTPServerRequest) -> None:
+        """Check the request. Raises `Refusal`."""
+        self._endpoint = endpoint
+        self._request = request
+        self._key = self._check_request()
+        endpoint.origins.check(request, endpoint.namespace.path)
+        self._check_capacity()
+        self._query = parse_query(request)
+        # What becomes ws.data.values, and whether it came from the query string.
+        self._values: tuple[Any, bool] = (self._query, True)
+        self._client: Socket[Any] | None = None
 
-    async def _admission(self, endpoint: Endpoint, query: dict[str, str | list[str]]) -> tuple[Any, bool]:
-        """What becomes ``values``, and whether it came from the query string."""
+    async def ask_middleware(self) -> None:
+        """Run what is in front of the upgrade. Raises `Answered` with the response when it does not let pass."""
+        endpoint = self._endpoint
         if endpoint.middleware is None:
-            return query, True
-        context = Context(self.request, query=query)
+            return
+        context = Context(self._request, query=self._query)
         try:
             async with asyncio.timeout(endpoint.options.handshake_timeout):
                 response = await endpoint.middleware.run(context, _admit)
@@ -100,12 +91,58 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
             raise Refusal(503, "the handshake took too long", headers={"Retry-After": 1}) from None
         if response is not None:
             raise Answered(response)
-        return context.websocket_value(query)
+        self._values = context.websocket_value(self._query)
+
+    def accept(self) -> None:
+        """The last checks. Raises `Refusal`; afterwards `upgrade` cannot fail but for a client that is gone."""
+        namespace = self._endpoint.namespace
+        values, from_query = self._values
+        try:
+            values = namespace.hooks.values(values, from_query=from_query)
+        except ValidationError as invalid:
+            raise Refusal(400, f"invalid data for {namespace.path}", errors=validation_errors(invalid)) from None
+        # Others may have connected while middleware was waiting.
+        self._check_capacity()
+        data = SocketData(str(uuid4()), namespace.path, self._query, values)
+        self._client = Socket(namespace, data, str(self._request.remote_ip))
+
+    def upgrade(self, stream: IOStream) -> Connection | None:
+        """Answer 101 and let a `Connection` take the stream over; None if the client is gone."""
+        endpoint, options, client = self._endpoint, self._endpoint.options, self._client
+        assert client is not None
+        agreed = self._negotiate()
+        try:
+            channel, received = _take_over(stream, endpoint.loop, self._answer(agreed))
+        except (StreamClosedError, OSError):
+            stream.close()
+            return None
+        deflate = None
+        if agreed is not None:
+            deflate = Deflate(
+                agreed,
+                level=options.compression_level,
+                memory_level=options.compression_memory_level,
+                threshold=options.compression_threshold,
+            )
+        connection = client._connection = Connection(
+            endpoint.loop,
+            client,
+            channel,
+            namespace=endpoint.namespace,
+            options=options,
+            outbox=endpoint.outbox,
+            keepalive=endpoint.keepalive,
+            deflate=deflate,
+        )
+        connection.start(received)
+        return connection
 
     def _check_request(self) -> str:
         """The client's key, if the request is a WebSocket handshake to the letter (RFC 6455 §4.2.1)."""
-        headers = self.request.headers
-        if self.request.version != "HTTP/1.1":
+        headers = self._request.headers
+        if self._request.method != "GET":
+            raise Refusal(405, "a WebSocket handshake is a GET", headers={"Allow": "GET"})
+        if self._request.version != "HTTP/1.1":
             raise Refusal(400, "a WebSocket handshake needs HTTP/1.1")
         connection = {token.strip().lower() for token in headers.get("Connection", "").split(",")}
         if headers.get("Upgrade", "").lower() != "websocket" or "upgrade" not in connection:
@@ -124,8 +161,8 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
             pass
         raise Refusal(400, "Sec-WebSocket-Key must be given once and hold 16 bytes as base64")
 
-    @staticmethod
-    def _check_capacity(endpoint: Endpoint) -> None:
+    def _check_capacity(self) -> None:
+        endpoint = self._endpoint
         if endpoint.closing:
             raise Refusal(503, "the server is stopping", headers={"Retry-After": "1"})
         limit = endpoint.options.max_sockets
@@ -134,64 +171,9 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
                 503, f"{endpoint.namespace.path} has all the sockets it may have", headers={"Retry-After": "5"}
             )
 
-    def allowed(self) -> str:
-        return "GET"
-
-    def check_xsrf_cookie(self) -> None:
-        """A handshake is protected by its origin check."""
-
-
-async def _admit() -> None:
-    """What is behind the middleware of a handshake: the upgrade, which needs nothing more."""
-
-
-class Upgrade(WebSocketProtocol):
-    """Tornado's seam for a protocol of one's own: answers 101 and hands the connection over to `Connection`."""
-
-    def __init__(self, handler: HandshakeHandler, endpoint: Endpoint, client: Socket[Any], key: str) -> None:
-        super().__init__(handler)
-        self._endpoint = endpoint
-        self._client = client
-        self._key = key
-        self._connection: Connection | None = None
-
-    async def accept_connection(self, handler: WebSocketHandler) -> None:
-        """Upgrade. Returns as soon as the connection stands on its own."""
-        endpoint, options = self._endpoint, self._endpoint.options
-        agreed = self._negotiate(handler.request, options)
-        answer = self._response(agreed)
-        stream = handler.detach()
-        try:
-            channel, received = await _take_over(stream, endpoint.loop, answer)
-        except (StreamClosedError, OSError):
-            stream.close()
-            return
-        deflate = None
-        if agreed is not None:
-            deflate = Deflate(
-                agreed,
-                level=options.compression_level,
-                memory_level=options.compression_memory_level,
-                threshold=options.compression_threshold,
-            )
-        connection = Connection(
-            endpoint.loop,
-            self._client,
-            channel,
-            namespace=endpoint.namespace,
-            options=options,
-            outbox=endpoint.outbox,
-            keepalive=endpoint.keepalive,
-            deflate=deflate,
-        )
-        self._client._connection = self._connection = connection
-        connection.start(received)
-        if endpoint.closing:
-            connection.close(1001, "going away")
-
-    @staticmethod
-    def _negotiate(request: HTTPServerRequest, options: WebSocketOptions) -> DeflateParameters | None:
-        offers = request.headers.get("Sec-WebSocket-Extensions")
+    def _negotiate(self) -> DeflateParameters | None:
+        options = self._endpoint.options
+        offers = self._request.headers.get("Sec-WebSocket-Extensions")
         if not options.compression or not offers:
             return None
         return negotiate(
@@ -200,17 +182,144 @@ class Upgrade(WebSocketProtocol):
             window_bits=options.compression_window_bits,
         )
 
-    def _response(self, agreed: DeflateParameters | None) -> bytes:
-        lines = [
-            "HTTP/1.1 101 Switching Protocols",
-            "Upgrade: websocket",
-            "Connection: Upgrade",
-            f"Sec-WebSocket-Accept: {WebSocketProtocol13.compute_accept_value(self._key)}",
-            f"Date: {formatdate(usegmt=True)}",
-        ]
-        if agreed is not None:
-            lines.append(f"Sec-WebSocket-Extensions: {agreed.header}")
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    def _answer(self, agreed: DeflateParameters | None) -> bytes:
+        accept = WebSocketProtocol13.compute_accept_value(self._key)
+        extensions = "" if agreed is None else f"Sec-WebSocket-Extensions: {agreed.header}\r\n"
+        return (
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\n{extensions}\r\n"
+        ).encode("latin-1")
+
+
+async def _admit() -> None:
+    """What is behind the middleware of a handshake: the upgrade, which needs nothing more."""
+
+
+def _refused(endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
+    endpoint.namespace.events.record(
+        "refused",
+        code=response.status,
+        detail=f"{response.body[:200].decode(errors='replace')} to {request.remote_ip}",
+    )
+
+
+class Front(HTTPServerConnectionDelegate):
+    """What our own HTTP server asks first: handshakes are answered here, all else goes on to the application.
+
+    Tornado parses the request; a handshake then needs neither routing nor a request handler, which is most of what
+    it would cost.
+    """
+
+    def __init__(self, app: HTTPServerConnectionDelegate, find: Callable[[str], Endpoint | None]) -> None:
+        self.app = app
+        self.find = find
+
+    def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
+        """Called by the HTTP server for each request."""
+        return _FrontRequest(self, server_conn, request_conn)
+
+    def on_close(self, server_conn: object) -> None:
+        """Called by the HTTP server when a connection ends."""
+        self.app.on_close(server_conn)
+
+
+class _FrontRequest(HTTPMessageDelegate):
+    def __init__(self, front: Front, server_conn: object, request_conn: HTTPConnection) -> None:
+        self._front = front
+        self._server_conn = server_conn
+        self._conn = request_conn
+        self._app: HTTPMessageDelegate | None = None
+        self._response: Response | None = None
+
+    def headers_received(
+        self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
+    ) -> Awaitable[None] | None:
+        assert isinstance(start_line, RequestStartLine)
+        endpoint = self._front.find(start_line.path.partition("?")[0])
+        if endpoint is None:
+            self._app = self._front.app.start_request(self._server_conn, self._conn)
+            return self._app.headers_received(start_line, headers)
+        request = HTTPServerRequest(connection=self._conn, start_line=start_line, headers=headers)
+        try:
+            handshake = Handshake(endpoint, request)
+            if endpoint.middleware is not None:
+                return self._ask(handshake, endpoint, request)
+            handshake.accept()
+        except Answered as answered:
+            self._refuse(endpoint, request, answered.response)
+            return None
+        # Detaching is allowed only while headers are being received.
+        handshake.upgrade(self._conn.detach())  # type: ignore[attr-defined]  # an HTTP/1 connection has it
+        return None
+
+    async def _ask(self, handshake: Handshake, endpoint: Endpoint, request: HTTPServerRequest) -> None:
+        try:
+            await handshake.ask_middleware()
+            handshake.accept()
+        except Answered as answered:
+            self._refuse(endpoint, request, answered.response)
+        else:
+            handshake.upgrade(self._conn.detach())  # type: ignore[attr-defined]  # an HTTP/1 connection has it
+
+    def _refuse(self, endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
+        _refused(endpoint, request, response)
+        self._response = response
+
+    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+        return self._app.data_received(chunk) if self._app is not None else None
+
+    def finish(self) -> None:
+        if self._app is not None:
+            self._app.finish()
+        elif self._response is not None:
+            response = self._response
+            response.headers["Content-Length"] = str(len(response.body))
+            start_line = ResponseStartLine("HTTP/1.1", response.status, responses.get(response.status, ""))
+            self._conn.write_headers(start_line, response.headers, response.body)
+            self._conn.finish()
+
+    def on_connection_close(self) -> None:
+        if self._app is not None:
+            self._app.on_connection_close()
+
+
+class HandshakeHandler(JsonHandler, WebSocketHandler):
+    """A handshake inside somebody's Tornado application. It ends with the upgrade: the `Connection` lives on alone."""
+
+    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
+        self._find_endpoint = endpoint
+
+    async def get(self, *args: Any, **kwargs: Any) -> None:
+        """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
+        endpoint = await self._find_endpoint()
+        try:
+            handshake = Handshake(endpoint, self.request)
+            await handshake.ask_middleware()
+            handshake.accept()
+        except Answered as answered:
+            _refused(endpoint, self.request, answered.response)
+            self.respond(answered.response)
+            return
+        await Upgrade(self, handshake).accept_connection(self)
+
+    def allowed(self) -> str:
+        return "GET"
+
+    def check_xsrf_cookie(self) -> None:
+        """A handshake is protected by its origin check."""
+
+
+class Upgrade(WebSocketProtocol):
+    """Tornado's seam for a protocol of one's own: hands the connection over to `Connection`."""
+
+    def __init__(self, handler: HandshakeHandler, handshake: Handshake) -> None:
+        super().__init__(handler)
+        self._handshake = handshake
+        self._connection: Connection | None = None
+
+    async def accept_connection(self, handler: WebSocketHandler) -> None:
+        """Upgrade. Returns as soon as the connection stands on its own."""
+        self._connection = self._handshake.upgrade(handler.detach())
 
     # What Tornado's own handler would use; ours is gone by then, but the seam asks for it.
 
@@ -228,7 +337,7 @@ class Upgrade(WebSocketProtocol):
     def write_message(self, message: Any, binary: bool = False) -> asyncio.Future[None]:
         if self._connection is not None:
             self._connection.send(encode(message))
-        done: asyncio.Future[None] = self._endpoint.loop.create_future()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
 
@@ -249,12 +358,13 @@ class Upgrade(WebSocketProtocol):
         """Done by the channel."""
 
 
-async def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes) -> tuple[Channel, bytes]:
+def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes) -> tuple[Channel, bytes]:
     """Answer, and make the connection ours; returns what the client sent early along with it."""
     stream.set_nodelay(True)
     if isinstance(stream, SSLIOStream) or not hasattr(loop, "add_reader"):
-        await stream.write(answer)
-        return StreamChannel(stream), b""
+        channel = StreamChannel(stream)
+        channel.write(answer)
+        return channel, b""
     # Only public calls: a partial read gives what the stream has buffered, in one piece; then a duplicate of the
     # descriptor outlives the stream.
     early = asyncio.ensure_future(stream.read_bytes(stream.max_buffer_size, partial=True))
@@ -266,10 +376,10 @@ async def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: 
     sock = stream.socket.dup()
     stream.close()
     sent = sock.send(answer)
-    channel = SocketChannel(loop, sock)
+    plain = SocketChannel(loop, sock)
     if sent < len(answer):
-        channel.write(answer[sent:])
-    return channel, received
+        plain.write(answer[sent:])
+    return plain, received
 
 
 def websocket_routes(path: str, endpoint: Callable[[], Awaitable[Endpoint]]) -> tuple[str, type, dict[str, Any]]:
@@ -277,4 +387,4 @@ def websocket_routes(path: str, endpoint: Callable[[], Awaitable[Endpoint]]) -> 
     return (re.escape(path), HandshakeHandler, {"endpoint": endpoint})
 
 
-__all__ = ["Endpoint", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
+__all__ = ["Endpoint", "Front", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
