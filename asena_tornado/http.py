@@ -652,6 +652,8 @@ class Controllers(Matcher):
             for task in late:
                 log.warning("a request that did not end in time is cancelled")
                 task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1)
 
 
 def _by_method(routes: Sequence[_Route]) -> dict[str, _Route]:

@@ -35,7 +35,7 @@ class RateLimit(MiddlewareService):
         if limit < 1 or per <= 0 or max_clients < 1:
             raise ConfigurationError("RateLimit needs a limit and max_clients of at least 1, and per > 0")
         self._interval = per / limit
-        self._burst = per - 0.999 * self._interval  # a little less than one, against rounding
+        self._burst = per - self._interval
         self._key = key or _client_address
         self._max_clients = max_clients
         self._clock = time.monotonic
@@ -46,9 +46,8 @@ class RateLimit(MiddlewareService):
         key, now = self._key(context), self._clock()
         free_at = max(self._free_at.get(key, now), now)
         wait = free_at - now - self._burst
-        if wait > 0:
-            seconds = max(1, math.ceil(wait))
-            return context.send({"error": "too many requests"}, 429, headers={"Retry-After": seconds})
+        if wait > self._interval / 1000:  # rounding is no excess
+            return context.send({"error": "too many requests"}, 429, headers={"Retry-After": math.ceil(wait)})
         self._free_at[key] = free_at + self._interval
         self._free_at.move_to_end(key)
         if len(self._free_at) > self._max_clients:
