@@ -349,6 +349,8 @@ class _Delivery:
             return self.deliver()
         except (UlakError, ServerStateError):
             raise
+        except RoomNameError as error:  # a name that a transport cannot carry
+            raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=self.path) from error
         except Exception as error:  # whatever a connection or a transport comes up with
             raise UlakError(
                 f"the delivery to {self.path!r} failed: {type(error).__name__}: {error}",
