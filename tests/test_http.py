@@ -1196,10 +1196,16 @@ class Existing(RequestHandler):
         self.write("the app's own")
 
 
+@WebSocket("/private", middlewares=[TokenAuth(known)])
+class Private(AsenaWebSocketService):
+    def on_open(self, ws: Socket) -> None:
+        ws.send(ws.data.values)
+
+
 @pytest.fixture
 def app() -> Application:
     application = Application([("/own", Existing)], xsrf_cookies=True)
-    AsenaServer(guarded(), Items, Admin, max_body_size=1000).mount(application)
+    AsenaServer(guarded(), Private, Items, Admin, max_body_size=1000).mount(application)
     return application
 
 
@@ -1222,8 +1228,19 @@ async def test_a_mounted_controller_reaches_mounted_sockets(http_server_client: 
         assert json.loads(await client.recv()) == {"announcement": "hello"}
 
 
+async def test_middleware_guards_a_mounted_namespace(http_server_client: Any) -> None:
+    url = f"ws://127.0.0.1:{http_server_client.get_http_port()}/private"
+    async with connect(f"{url}?token=abc") as client:
+        assert json.loads(await client.recv()) == {"user": "ann"}
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(f"{url}?token=x")
+    response = refused.value.response
+    assert (response.status_code, json.loads(response.body)) == (401, {"error": "the token is not valid"})
+    assert response.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+
+
 async def test_routes_of_a_server_that_has_stopped_are_503() -> None:
-    outer = AsenaServer(Items, port=0)
+    outer = AsenaServer(guarded(), Items, port=0)
     app = Application(outer.routes())
     http = app.listen(0, "127.0.0.1")
     port = next(iter(http._sockets.values())).getsockname()[1]
@@ -1234,6 +1251,9 @@ async def test_routes_of_a_server_that_has_stopped_are_503() -> None:
         await outer.aclose()
         response = await client.fetch(url, raise_error=False)
         assert (response.code, json.loads(response.body)) == (503, {"error": "the server is not running"})
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(f"ws://127.0.0.1:{port}/chat")
+        assert refused.value.response.status_code == 503
     finally:
         client.close()
         http.stop()

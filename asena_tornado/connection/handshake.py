@@ -291,13 +291,15 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
-        endpoint = await self._find_endpoint()
+        endpoint = None
         try:
+            endpoint = await self._find_endpoint()
             handshake = Handshake(endpoint, self.request)
             await handshake.ask_middleware()
             handshake.accept()
         except Answered as answered:
-            _refused(endpoint, self.request, answered.response)
+            if endpoint is not None:
+                _refused(endpoint, self.request, answered.response)
             self.respond(answered.response)
             return
         await Upgrade(self, handshake).accept_connection(self)
