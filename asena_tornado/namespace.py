@@ -149,9 +149,19 @@ class Namespace:
 
     # -- sending
 
-    def to(self, rooms: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
+    def to(
+        self,
+        rooms: str | Iterable[str],
+        data: object,
+        *,
+        exclude: Exclude = (),
+        origin: Socket[Any] | None = None,
+    ) -> int:
         """Send to the members of the room or rooms, once each; returns how many are addressed."""
-        return self.publish(rooms, data, exclude=exclude)
+        if rooms is None:
+            # A room that somebody forgot to set must not mean everybody.
+            check_room(rooms)  # type: ignore[unreachable]  # whatever the annotation says
+        return self.publish(rooms, data, exclude=exclude, origin=origin)
 
     def in_(self, data: object, *, exclude: Exclude = ()) -> int:
         """Send to every socket of the namespace; returns how many are addressed."""
@@ -189,7 +199,7 @@ class Namespace:
         exclude: Exclude,
         origin: Socket[Any] | None,
     ) -> int:
-        each = (exclude,) if isinstance(exclude, str | Socket) else tuple(exclude)
+        each = _sockets_or_ids(exclude)
         excluded = self._excluded(each, origin)
         # A socket is on one node only: the others need not be told of those that are here, such as the origin.
         elsewhere = tuple(id for id in each if isinstance(id, str) and id not in self._by_id)
@@ -238,9 +248,8 @@ class Namespace:
     def _excluded(self, exclude: Exclude, origin: Socket[Any] | None) -> frozenset[Socket[Any]] | None:
         if not exclude:
             return None if origin is None else frozenset((origin,))
-        if isinstance(exclude, str | Socket):
-            exclude = (exclude,)
-        sockets = {self._by_id.get(each) if isinstance(each, str) else each for each in exclude}
+        each = _sockets_or_ids(exclude)
+        sockets = {self._by_id.get(one) if isinstance(one, str) else one for one in each}
         sockets.add(origin)
         return frozenset(socket for socket in sockets if socket is not None)
 
@@ -367,6 +376,19 @@ def room_names(rooms: str | Iterable[str]) -> tuple[str, ...]:
         check_room(rooms)
         raise
     return tuple(check_room(room) for room in names)
+
+
+def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:
+    if not exclude:
+        return ()
+    if isinstance(exclude, str | Socket):
+        return (exclude,)
+    given: object = exclude  # whatever the annotation says
+    each = tuple(given) if isinstance(given, Iterable) else (given,)
+    for one in each:
+        if not isinstance(one, str | Socket):
+            raise TypeError(f"exclude takes sockets or their ids, not {one!r}")
+    return each
 
 
 class _ClosedDoor:

@@ -42,7 +42,7 @@ class SocketData(Generic[T]):
     values: T
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name == "values":  # an instance that is still being made or copied
             raise AttributeError(name)
         values = self.values
         if isinstance(values, Mapping):
@@ -123,7 +123,7 @@ class Socket(Generic[T]):
 
         Returns how many local sockets are addressed. Raises `RoomNameError` and `EncodeError`.
         """
-        return self._namespace.publish(room, data, exclude=exclude, origin=self)
+        return self._namespace.to(room, data, exclude=exclude, origin=self)
 
     def subscribe(self, room: str) -> None:
         """Join the room. Raises `SocketClosedError` when the socket is closed, `RoomNameError` for a bad name."""
