@@ -8,10 +8,10 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.web import Application, HTTPError, RequestHandler
 from websockets.asyncio.client import connect
@@ -466,6 +466,24 @@ async def test_a_query_does_not_fill_in_what_middleware_left_out() -> None:
         assert body["errors"]
 
 
+async def test_a_validator_that_breaks_is_a_logged_500(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(BaseModel):
+        name: str
+
+        @field_validator("name")
+        @classmethod
+        def check(cls, name: str) -> str:
+            raise TypeError("the validator is broken")
+
+    @WebSocket("/chat")
+    class Chat(AsenaWebSocketService[Broken]):
+        pass
+
+    async with AsenaServer(Chat, port=0) as server:
+        assert (await refusal(server, "?name=ann"))[:2] == (500, {"error": "internal error"})
+    assert "the validator is broken" in caplog.text
+
+
 # -- injection
 
 
@@ -705,7 +723,8 @@ class Items:
 
     @Post("/")
     async def create(self, context: Context) -> Response:
-        return context.json(await context.get_body(Item), 201)
+        item = assert_type(await context.get_body(Item), Item)
+        return context.json(item, 201)
 
     @Put("/raw")
     async def put(self, context: Context) -> Any:

@@ -101,6 +101,9 @@ class Handshake:
             values = namespace.hooks.values(values, from_query=from_query)
         except ValidationError as invalid:
             raise Refusal(400, f"invalid data for {namespace.path}", errors=validation_errors(invalid)) from None
+        except Exception:  # raised by the user's own validators
+            log.exception("%s: the values of a client could not be validated", namespace.path)
+            raise Refusal(500, "internal error") from None
         # Others may have connected while middleware was waiting.
         self._check_capacity()
         data = SocketData(str(uuid4()), namespace.path, self._query, values)
