@@ -31,8 +31,8 @@ from .container import Container, component_of
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop, waking
 from .http import Chain, ControllerHandler, Controllers, Origins, Refusal
-from .inspector import Inspector, SocketSnapshot
-from .namespace import Namespace, serving
+from .inspector import Desk, Inspector, SocketSnapshot, View, page_routes
+from .namespace import Namespace, normalize_path, serving
 from .options import WebSocketOptions
 from .reachability import Reach, reach
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
@@ -60,6 +60,8 @@ class AsenaServer:
     ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
     ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
+    ``inspector_path``: where to serve the live inspector as a page, such as ``"/inspector"``; it asks for a token,
+    see `inspector_url`. ``inspector_read_only``: that page can look but not act.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -77,6 +79,8 @@ class AsenaServer:
         public_url: str | None = None,
         transport: Transport | None = None,
         on_gap: Callable[[Gap], object] | None = None,
+        inspector_path: str | None = None,
+        inspector_read_only: bool = False,
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
@@ -101,6 +105,13 @@ class AsenaServer:
         self._transport: Transport = transport or LocalTransport()
         self._on_gap = on_gap
         self._cluster: Cluster | None = None
+        self._inspector_path = None if inspector_path is None else normalize_path(inspector_path)
+        if self._inspector_path in self._paths:
+            raise ConfigurationError(
+                f"{self._inspector_path!r} is a namespace already; give the inspector another path"
+            )
+        self._inspector_read_only = inspector_read_only
+        self._desk = Desk(self)
         self._namespaces: dict[str, Namespace] = {}
         self._built = False
         self._state: State = "new"
@@ -174,6 +185,13 @@ class AsenaServer:
     def inspector(self) -> Inspector:
         """A view of the live sockets and rooms, with ways to act on them. See `Inspector`."""
         return Inspector(self)
+
+    @property
+    def inspector_url(self) -> str:
+        """Where the inspector's page is, with the token that opens it: whoever has this can act on every socket."""
+        if self._inspector_path is None:
+            raise ConfigurationError('there is no inspector page: AsenaServer(..., inspector_path="/inspector")')
+        return self.url(f"{self._inspector_path}?token={self._desk.token}")
 
     @property
     def cluster(self) -> Cluster | None:
@@ -316,6 +334,8 @@ class AsenaServer:
         """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
         self._build()
         routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in self._namespaces]
+        if self._inspector_path is not None:
+            routes += page_routes(self._inspector_path, View(self._desk, read_only=self._inspector_read_only))
         return [*routes, self._controllers.rule] if self._controllers else routes
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
@@ -552,6 +572,7 @@ class AsenaServer:
         self._open_namespaces()
         # Duplicates, because a Tornado server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
+        self._desk = old._desk.pass_to(self)
         self._listen()
         old_http, old._http, old._listeners = old._http, None, []
         if old_http is not None:

@@ -25,6 +25,7 @@ from .snapshots import (
     shown,
     table_of,
 )
+from .widget import LiveView
 
 if TYPE_CHECKING:
     from ..broker import Ulak
@@ -276,6 +277,13 @@ class Inspector:
             listed = ", ".join(f"{shown(room)!r} {size}" for room, size in sizes) + (", …" if len(n.rooms) > 10 else "")
             lines.append(f"  {n.path}: {count(len(n.sockets), 'socket')}; rooms: {listed or 'none'}")
         return lines
+
+    def view(self, *, read_only: bool = False) -> LiveView:
+        """The live view, as `server.inspector` shows it in a notebook; ``read_only`` takes its buttons away."""
+        return LiveView(self, read_only=read_only)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        return self.view()._repr_mimebundle_()
 
     def _repr_html_(self) -> str:
         """A static display, escaped and bounded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class SocketSnapshot:
 
     def __repr__(self) -> str:
         rooms = ", ".join(self.rooms[:5]) + (", …" if len(self.rooms) > 5 else "")
-        return f"<socket {self.id[:8]} in {self.namespace}: {shown(self.values)}; rooms: {rooms or 'none'}>"
+        return f"<socket {self.id[:8]} in {self.namespace}: {brief(self.values)}; rooms: {rooms or 'none'}>"
 
     def _repr_html_(self) -> str:
         rows = [(field.name, shown(getattr(self, field.name))) for field in dataclasses.fields(self)]
@@ -265,7 +266,7 @@ def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:
             socket.id[:8],
             socket.namespace,
             ", ".join(socket.rooms[:5]) + _and(len(socket.rooms) - 5),
-            shown(socket.values),
+            brief(socket.values),
             socket.remote_address,
             f"{socket.connected_since.astimezone():%H:%M:%S}",
             f"{socket.messages_in} / {socket.messages_out}",
@@ -323,6 +324,19 @@ def shown(value: object) -> str:
         # Whatever somebody's own __repr__ does: reprlib shows such an object by its class and address.
         text = _repr.repr(value)
     return text if len(text) <= 200 else text[:199] + "…"
+
+
+def brief(values: object, limit: int = 120) -> str:
+    """``username: Ann, room: tech`` for what has names; else a short text."""
+    if isinstance(values, Mapping):
+        named: Mapping[Any, Any] = values
+    else:
+        named = getattr(values, "__dict__", {})
+    if named:
+        text = ", ".join(f"{name}: {shown(value)}" for name, value in itertools.islice(named.items(), limit // 10))
+    else:
+        text = "" if isinstance(values, Mapping) else shown(values)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _copied(values: Any) -> Any:

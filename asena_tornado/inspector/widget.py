@@ -1,0 +1,182 @@
+"""The live view as a widget: one per server, however often it is displayed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ServerStateError
+from .view import STATIC, View
+
+if TYPE_CHECKING:
+    from .inspector import Inspector
+
+log = logging.getLogger("asena_tornado")
+
+_PERIOD = 1.0  # seconds between the looks of a view
+_LATE = 1.5  # seconds without a look after which the server pushes by itself: a cell may block the kernel
+_FORGET = 10.0  # seconds without a look, while the kernel is idle, after which a view is taken to be gone
+
+
+class _Session:
+    """One display of the widget, while somebody sees it."""
+
+    __slots__ = ("answered", "heard", "look")
+
+    def __init__(self, look: dict[str, Any], now: float) -> None:
+        self.look = look
+        self.heard = self.answered = now
+
+
+class LiveView:
+    """Shows itself as a widget that follows the server, in front ends that run widgets; otherwise as a table."""
+
+    def __init__(self, inspector: Inspector, *, read_only: bool = False) -> None:
+        self._inspector = inspector
+        self._read_only = read_only
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        desk, namespace = self._inspector._server._desk, self._inspector._path
+        if self._inspector._server.state != "running" or not _front_end():
+            return {}
+        key = (namespace, self._read_only)
+        if key not in desk.widgets:
+            desk.widgets[key] = _make_widget(View(desk, namespace=namespace, read_only=self._read_only))
+        bundle = {"version_major": 2, "version_minor": 0, "model_id": desk.widgets[key].model_id}
+        return {"application/vnd.jupyter.widget-view+json": bundle}
+
+    def _repr_html_(self) -> str:
+        return self._inspector._repr_html_()
+
+    def __repr__(self) -> str:
+        return repr(self._inspector)
+
+
+class _Link:
+    """Between one widget and the server's loop."""
+
+    def __init__(self, view: View, widget: Any) -> None:
+        self._view = view
+        self._widget = widget
+        self._sessions: dict[str, _Session] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:
+        """A message from the front end, on one of the kernel's threads."""
+        try:
+            door = self._view.desk.server._open_door()
+            door.run(self._handle, door.loop, request)
+        except ServerStateError as error:
+            self._tell(request, {"state": "stopped", "error": str(error)})
+
+    def _handle(self, loop: asyncio.AbstractEventLoop, request: dict[str, Any]) -> None:
+        view = str(request.get("view"))
+        if request.get("do") == "bye":
+            self._sessions.pop(view, None)
+            return
+        if request.get("do") == "look":
+            session = self._sessions.setdefault(view, _Session(request, loop.time()))
+            session.look, session.heard = request, loop.time()
+            # A server that was started again has another loop.
+            if self._timer is None or self._loop is not loop:
+                self._loop = loop
+                self._timer = loop.call_later(_PERIOD, self._tick, loop)
+        self._answer_soon(loop, request)
+
+    def _answer_soon(self, loop: asyncio.AbstractEventLoop, request: dict[str, Any], *, pushed: bool = False) -> None:
+        task = loop.create_task(self._answer(loop, request, pushed))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, loop: asyncio.AbstractEventLoop, request: dict[str, Any], pushed: bool) -> None:
+        answer = await self._view.answer(request)
+        session = self._sessions.get(str(request.get("view")))
+        if session is not None and request.get("do") == "look":
+            session.answered = loop.time()
+            if answer.get("events"):
+                # What is pushed next begins after these.
+                session.look = {**session.look, "since": answer["events"][-1]["number"]}
+        self._tell(request, {**answer, "pushed": pushed})
+
+    def _tell(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        try:
+            self._widget.send({**answer, "view": request.get("view"), "to": request.get("do")})
+        except Exception:
+            log.exception("the live view could not be told")
+            self._sessions.clear()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """While a cell runs nobody can ask, so views that were alive before it are told all the same."""
+        self._timer = None
+        now = loop.time()
+        for name, session in list(self._sessions.items()):
+            if _cells.idle and now - session.heard > _FORGET:
+                del self._sessions[name]
+            elif now - session.answered >= _LATE:
+                session.answered = now
+                self._answer_soon(loop, session.look, pushed=True)
+        if self._sessions:
+            self._timer = loop.call_later(_PERIOD, self._tick, loop)
+
+
+class _Cells:
+    """Whether the kernel runs a cell."""
+
+    def __init__(self) -> None:
+        self._running = threading.Event()
+        self._watching = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._running.is_set()
+
+    def watch(self, shell: Any) -> None:
+        """From now on, know. Called by a cell, which displays something."""
+        if not self._watching:
+            self._watching = True
+            shell.events.register("pre_run_cell", self._began)
+            shell.events.register("post_run_cell", self._ended)
+            self._running.set()
+
+    def _began(self, *_: object) -> None:
+        self._running.set()
+
+    def _ended(self, *_: object) -> None:
+        self._running.clear()
+
+
+_cells = _Cells()
+
+
+def _front_end() -> bool:
+    """Whether there is a kernel that could have a front end, and the widgets to show there."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if getattr(shell, "kernel", None) is None or importlib.util.find_spec("anywidget") is None:
+        return False
+    _cells.watch(shell)
+    return True
+
+
+def _make_widget(view: View) -> Any:
+    import anywidget  # in the extra: notebook
+    import traitlets
+
+    class RoomsWidget(anywidget.AnyWidget):
+        _esm = STATIC / "view.js"
+        _css = STATIC / "view.css"
+        # What was there when it was displayed: for saved notebooks, where nobody answers.
+        snapshot = traitlets.Dict().tag(sync=True)
+
+    widget = RoomsWidget(snapshot=view.glance())
+    widget.on_msg(_Link(view, widget).hear)
+    return widget
+
+
+__all__ = ["LiveView"]
