@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tornado.web
 from pydantic import BaseModel, TypeAdapter
+from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from websockets.asyncio.client import connect
@@ -26,9 +27,12 @@ from asena_tornado import (
     CircularDependencyError,
     Client,
     ConfigurationError,
+    Context,
+    Controller,
     EncodeError,
     Inject,
     InjectionError,
+    Post,
     RoomNameError,
     ServerStateError,
     Service,
@@ -267,6 +271,30 @@ async def test_services_handlers_background_tasks_and_hooks_can_await_it():
             "from a service",
             "from a background task",
         ]
+
+
+async def test_a_controller_can_await_it_and_return_the_result_of_a_bulk():
+    @Controller("/api")
+    class Api:
+        ulak: Ulak = Inject(Ulak)
+
+        @Post("/messages")
+        async def send(self, context: Context) -> BulkResult:
+            return await self.ulak.bulk_send(await context.get_body(list[BulkOperation]))
+
+    async with running(Chat, Api) as (server, join):
+        ann, _ = await join("/chat")
+        operations = [
+            {"type": "broadcast", "namespace": "/chat", "data": "from a controller"},
+            {"type": "room", "namespace": "/chat", "data": "without a room"},
+        ]
+        response = await AsyncHTTPClient().fetch(
+            server.url("/api/messages"), method="POST", body=json.dumps(operations)
+        )
+        result = json.loads(response.body)
+        assert await ann.recv() == "from a controller"
+    assert (result["total"], result["succeeded"], result["failed"]) == (2, 1, 1)
+    assert result["results"][1]["error"]["code"] == "INVALID_MESSAGE"
 
 
 async def test_it_works_where_the_namespaces_are_mounted_into_an_application():
