@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
 from .errors import ConnectionClosed, HandshakeRefused
-from .hosting import waking
-from .messages import BINARY, encode
+from .hosting import LoopDoor, LoopThread, in_cell
+from .messages import BINARY, Message, encode
 
 _DEFAULT_TIMEOUT = 10.0  # seconds
 _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes
@@ -23,12 +24,14 @@ _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes
 class Client:
     """One connection to a server; made by `connect`. Every wait has a time limit, in seconds.
 
-    What arrives is kept until it is asked for, so that pings and a close are answered meanwhile.
+    What arrives is kept until it is asked for, so that pings and a close are answered meanwhile. It may be used from
+    any loop.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url
         self._timeout = timeout
+        self._door = LoopDoor(asyncio.get_running_loop())
         self._connection: WebSocketClientConnection | None = None
         self._inbox: deque[str | bytes] = deque()
         self._news = asyncio.Event()
@@ -54,15 +57,20 @@ class Client:
         assert self._connection is not None
         return ConnectionClosed(self._connection.close_code, self._connection.close_reason or "")
 
+    async def _on_loop(self, work: Callable[[], object]) -> None:
+        await self._door.acall(work)
+
     async def send(self, data: object) -> None:
         """Send: str as text, bytes as binary, anything else as JSON. Raises `EncodeError`, `ConnectionClosed`."""
         message = encode(data)
+        await self._on_loop(lambda: self._send(message))
+
+    async def _send(self, message: Message) -> None:
         assert self._connection is not None
         try:
-            with waking():
-                await asyncio.wait_for(
-                    self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
-                )
+            await asyncio.wait_for(
+                self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
+            )
         except TimeoutError:
             raise TimeoutError(f"{self.url} took nothing for {self._timeout} s") from None
         except WebSocketClosedError:
@@ -79,12 +87,15 @@ class Client:
 
     async def _next(self) -> str | bytes:
         while not self._inbox:
+            await self._on_loop(self._arrival)
+        return self._inbox.popleft()
+
+    async def _arrival(self) -> None:
+        if not self._inbox:
             if self._over:
                 raise self._closed()
             self._news.clear()
-            with waking():
-                await self._news.wait()
-        return self._inbox.popleft()
+            await self._news.wait()
 
     async def recv_json(self, *, timeout: float | None = None) -> Any:
         """The next message, parsed as JSON."""
@@ -92,8 +103,9 @@ class Client:
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close and wait until the server has answered. Messages not received yet are discarded."""
-        assert self._connection is not None
-        self._connection.close(code, reason)
+        connection = self._connection
+        assert connection is not None
+        await self._on_loop(lambda: connection.close(code, reason))
         with contextlib.suppress(ConnectionClosed, TimeoutError):
             async with asyncio.timeout(self._timeout):
                 while True:
@@ -124,22 +136,34 @@ class Client:
 async def connect(
     url: str, *, headers: Mapping[str, str] | None = None, timeout: float = _DEFAULT_TIMEOUT, ssl_options: Any = None
 ) -> Client:
-    """Connect to a WebSocket server; the client belongs to the loop that awaits this.
+    """Connect to a WebSocket server.
 
-    ``headers``: of the handshake. ``timeout``: seconds, for this and as the default for every later wait.
-    Raises `HandshakeRefused` with the status and body when the server answers with plain HTTP, ``TimeoutError``,
-    and ``OSError`` when nobody listens.
+    The client lives on the loop that awaits this; in a notebook on a thread of its own, so that it answers pings
+    and closes while a cell computes. ``headers``: of the handshake. ``timeout``: seconds, for this and as the
+    default for every later wait. Raises `HandshakeRefused` with the status and body when the server answers with
+    plain HTTP, ``TimeoutError``, and ``OSError`` when nobody listens.
     """
     if not url.startswith(("ws://", "wss://")):
         raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {url!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )
+    if in_cell():
+        return await _thread().door.acall(lambda: _connect(request, timeout))
+    return await _connect(request, timeout)
+
+
+@functools.cache
+def _thread() -> LoopThread:
+    return LoopThread("asena-clients")
+
+
+async def _connect(request: HTTPRequest, timeout: float) -> Client:
+    url = request.url
     client = Client(url, timeout)
     try:
         opening = websocket_connect(request, on_message_callback=client._arrived, max_message_size=_MAX_MESSAGE_SIZE)
-        with waking():
-            connection = await asyncio.wait_for(opening, timeout)
+        connection = await asyncio.wait_for(opening, timeout)
     except HTTPClientError as error:
         if error.code == 599:
             raise TimeoutError(f"{url} did not answer within {timeout} s") from None

@@ -133,6 +133,7 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop: asyncio.AbstractEventLoop
+        self.door: LoopDoor
         self._ready = threading.Event()
         # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
         # A new thread starts in an empty context, so what handlers print goes to the latest cell.
@@ -142,6 +143,7 @@ class LoopThread:
 
     def _run(self) -> None:
         self.loop = new_event_loop()
+        self.door = LoopDoor(self.loop)
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._ready.set)
         try:
@@ -202,20 +204,32 @@ def in_empty_context(function: Callable[[], R]) -> R:
     return contextvars.Context().run(function)
 
 
+def in_cell() -> bool:
+    """Whether this thread is a kernel's own, whose loop stands still while a cell computes."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return (
+        kernel is not None
+        and kernel.IPKernelApp.initialized()
+        and threading.current_thread() is threading.main_thread()
+    )
+
+
 @contextlib.contextmanager
 def waking() -> Iterator[None]:
     """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
     and then (https://github.com/ipython/ipykernel/issues/881)."""
-    if "ipykernel" not in sys.modules or threading.current_thread() is not threading.main_thread():
+    if not in_cell():
         yield
         return
     loop = asyncio.get_running_loop()
+
+    timer: asyncio.TimerHandle
 
     def wake() -> None:
         nonlocal timer
         timer = loop.call_later(_WAKE_EVERY, wake)
 
-    timer = loop.call_later(_WAKE_EVERY, wake)
+    wake()
     try:
         yield
     finally:
@@ -245,8 +259,7 @@ def _why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
     patch = getattr(loop.run_until_complete, "__module__", None)
     if patch not in ("nest_asyncio", "nest_asyncio2"):
         return f"or {apply} first"
-    kernel = sys.modules.get("ipykernel")
-    if kernel is None or kernel.version_info[0] < 7:
+    if not in_cell() or sys.modules["ipykernel"].version_info[0] < 7:
         return None
     if patch == "nest_asyncio":
         return (
