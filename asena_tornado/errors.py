@@ -94,7 +94,7 @@ class ConnectionClosed(AsenaError, ConnectionError):
     """The client's connection is closed. Carries ``code`` (int or None) and ``reason`` (str)."""
 
     def __init__(self, code: int | None, reason: str = "") -> None:
-        what = "without a close frame" if code is None else f"with code {code}"
+        what = "without a code" if code is None else f"with code {code}"
         super().__init__(f"the connection was closed {what}{f': {reason}' if reason else ''}")
         self.code = code
         self.reason = reason

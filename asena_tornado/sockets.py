@@ -27,7 +27,7 @@ class ReadyState(IntEnum):
     CLOSED = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SocketData(Generic[T]):
     """What is known of a client from its handshake.
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asena_tornado")
 
+# What a handler may raise without anybody else taking notice. SystemExit would end the loop and so the server.
+_RAISED = (Exception, asyncio.CancelledError, SystemExit)
+
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
 _JOIN_BELOW = 64 * 1024
 # How long a client that broke the protocol, or was told to go, may keep its half of the connection.
@@ -167,7 +170,7 @@ class Connection:
         if len(self._inbox) >= options.max_queued_messages or self._inbox_size >= options.max_queued_bytes:
             self._parser.held = True
         wake = self._wake
-        if wake is not None:
+        if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
             self._wake = None
             wake.set_result(None)
 
@@ -385,7 +388,8 @@ class Connection:
     def _end(self) -> None:
         """No more messages will come. Let the handler finish what did come, but not for ever."""
         if self._wake is not None:
-            self._wake.set_result(None)
+            if not self._wake.done():
+                self._wake.set_result(None)
             self._wake = None
         elif not self._stopping and self._task is not None:
             self._grace_timer = self._loop.call_later(self._options.handler_grace, self._cancel_handler)
@@ -439,7 +443,7 @@ class Connection:
                 except InvalidMessageError as error:
                     self._note(error)
                     await self._run(hooks.invalid, socket, error)
-                except (Exception, asyncio.CancelledError) as error:
+                except _RAISED as error:
                     await self._handler_failed(error)
                 if not inbox and self._parser.held:
                     self._release()
@@ -464,7 +468,7 @@ class Connection:
             result = hook(*args)
             if result is not None and isawaitable(result):
                 await result
-        except (Exception, asyncio.CancelledError) as error:
+        except _RAISED as error:
             await self._handler_failed(error)
 
     async def _handler_failed(self, error: BaseException) -> None:
@@ -480,7 +484,7 @@ class Connection:
             result = self._namespace.hooks.error(self.socket, error)
             if result is not None and isawaitable(result):
                 await result
-        except Exception as second:
+        except (Exception, SystemExit) as second:
             log.error("%s: on_error failed as well", self.socket, exc_info=second)
             self.close(1011, "internal error")
 
@@ -494,7 +498,7 @@ class Connection:
             return
         try:
             result = hook(self.socket, *args)
-        except Exception as error:
+        except _RAISED as error:
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):
