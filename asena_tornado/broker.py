@@ -6,8 +6,9 @@ domain service and a WebSocket service that need each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_serializer
@@ -74,7 +75,8 @@ class Ulak:
     """Sends to the namespaces of a server by their path: ``server.ulak``, or ``ulak: Ulak = Inject(Ulak)``.
 
     The sending calls can be awaited on any loop: the server's, a notebook's, another thread's. They return how many
-    local sockets are addressed. What goes wrong is an `UlakError`: its ``code`` says what, its ``__cause__`` why.
+    local sockets are addressed; where there are other nodes as an `Addressed`, whose ``carried`` tells whether those
+    get it too. What goes wrong is an `UlakError`: its ``code`` says what, its ``__cause__`` why.
     All of them raise NAMESPACE_NOT_FOUND, INVALID_NAMESPACE (for what is no path), INVALID_MESSAGE (data that cannot
     be encoded, no proper room) and SERVICE_NOT_INITIALIZED (the server does not run, or after `dispose`).
     """
@@ -103,9 +105,10 @@ class Ulak:
         return await self._run(self._to(namespace, rooms, data))
 
     async def to_socket(self, namespace: str, socket_id: str, data: object) -> int:
-        """Send to one socket; returns 1.
+        """Send to one socket, on whichever node it is; returns 1.
 
-        Raises SOCKET_NOT_FOUND when none has the id, SEND_FAILED when too much waits for its client already.
+        Raises SOCKET_NOT_FOUND when none has the id, SEND_FAILED when too much waits for its client already, or
+        when the other nodes, which may have it, cannot be asked.
         """
         return await self._run(self._to_socket(namespace, socket_id, data))
 
@@ -114,7 +117,7 @@ class Ulak:
         self._check_running()
         message = _encode(data)
         deliveries = [self._broadcast(path, message) for path in self._namespaces]
-        outcomes = await self._run(lambda: [_outcome(deliver) for deliver in deliveries])
+        outcomes = await self._run(lambda: _outcomes(deliveries))
         for outcome in outcomes:
             if outcome.error is not None:
                 raise outcome.error
@@ -136,7 +139,7 @@ class Ulak:
                 planned.append(self._planned(operation))
             except UlakError as error:
                 planned.append(BulkOutcome(ok=False, error=error))
-        results = await self._run(lambda: tuple(p if isinstance(p, BulkOutcome) else _outcome(p) for p in planned))
+        results = await self._run(lambda: _outcomes(planned))
         succeeded = sum(outcome.ok for outcome in results)
         return BulkResult(total=len(results), succeeded=succeeded, failed=len(results) - succeeded, results=results)
 
@@ -160,6 +163,16 @@ class Ulak:
     def get_socket_count(self, path: str) -> int:
         """How many local sockets are connected to the namespace."""
         return len(self._find(path).sockets)
+
+    async def count_sockets(self, path: str) -> int:
+        """How many sockets are connected to the namespace, on all nodes that answer within two seconds."""
+        namespace = self._find(path)
+
+        async def count() -> int:
+            link = namespace.link
+            return len(namespace.sockets) if link is None else await link.count_sockets(namespace.path)
+
+        return await self._run(_Delivery(namespace.path, UlakErrorCode.SEND_FAILED, count))
 
     def register_namespace(self, namespace: Namespace) -> None:
         """Make the namespace reachable, as the server does. Raises NAMESPACE_ALREADY_EXISTS for another on its path."""
@@ -222,18 +235,24 @@ class Ulak:
         namespace = self._find(path)
         message = _encode(data, namespace.path)
 
-        def deliver() -> int:
+        async def deliver() -> int:
             socket = namespace.sockets.get(socket_id)
-            if socket is None:
+            if socket is not None:
+                taken: bool | None = namespace.send_to(socket, message)
+            elif namespace.link is not None:
+                taken = await namespace.link.send(namespace.path, socket_id, message)
+            else:
+                taken = None
+            if taken is None:
                 raise UlakError(
                     f"no socket of {namespace.path!r} has the id {socket_id!r}; is it connected still?",
                     code=UlakErrorCode.SOCKET_NOT_FOUND,
                     namespace=namespace.path,
                 )
-            if not namespace.send_to(socket, message):
+            if not taken:
                 raise UlakError(
-                    f"{socket} did not take the message: its client reads too slowly, and all that may wait for it "
-                    "waits already (see WebSocketOptions.max_buffered_bytes)",
+                    f"{socket or socket_id} did not take the message: its client reads too slowly, and all that may "
+                    "wait for it waits already (see WebSocketOptions.max_buffered_bytes)",
                     code=UlakErrorCode.SEND_FAILED,
                     namespace=namespace.path,
                 )
@@ -276,10 +295,10 @@ class Ulak:
             raise UlakError(self._closed, code=UlakErrorCode.SERVICE_NOT_INITIALIZED, namespace=path)
         return self._door
 
-    async def _run(self, work: Callable[[], R]) -> R:
+    async def _run(self, work: Callable[[], Awaitable[R]]) -> R:
         door = self._check_running()
         try:
-            return work() if door.inside() else await door.acall(work)
+            return await (work() if door.inside() else door.acall(work))
         except ServerStateError as error:  # it stops just now
             raise UlakError(str(error), code=UlakErrorCode.SERVICE_NOT_INITIALIZED) from error
 
@@ -313,6 +332,10 @@ class UlakNamespace:
         """How many local sockets are connected."""
         return self._ulak.get_socket_count(self.path)
 
+    async def count_sockets(self) -> int:
+        """How many sockets are connected, on all nodes; see `Ulak.count_sockets`."""
+        return await self._ulak.count_sockets(self.path)
+
     def __repr__(self) -> str:
         return f"<UlakNamespace {self.path}>"
 
@@ -342,11 +365,12 @@ class _Delivery:
 
     path: str
     failure: UlakErrorCode
-    deliver: Callable[[], int]
+    deliver: Callable[[], int | Awaitable[int]]
 
-    def __call__(self) -> int:
+    async def __call__(self) -> int:
         try:
-            return self.deliver()
+            result = self.deliver()
+            return await result if isawaitable(result) else result
         except (UlakError, ServerStateError):
             raise
         except RoomNameError as error:  # a name that a transport cannot carry
@@ -359,11 +383,14 @@ class _Delivery:
             ) from error
 
 
-def _outcome(deliver: _Delivery) -> BulkOutcome:
-    try:
-        return BulkOutcome(ok=True, addressed=deliver())
-    except UlakError as error:
-        return BulkOutcome(ok=False, error=error)
+async def _outcomes(planned: Iterable[_Delivery | BulkOutcome]) -> tuple[BulkOutcome, ...]:
+    outcomes = []
+    for each in planned:
+        try:
+            outcomes.append(each if isinstance(each, BulkOutcome) else BulkOutcome(ok=True, addressed=await each()))
+        except UlakError as error:
+            outcomes.append(BulkOutcome(ok=False, error=error))
+    return tuple(outcomes)
 
 
 def _operation(given: object) -> BulkOperation:

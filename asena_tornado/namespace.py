@@ -75,6 +75,14 @@ class Link(Protocol):
         """Raise `RoomNameError` for a name that cannot travel."""
         ...
 
+    async def send(self, path: str | None, socket_id: str, message: Message) -> bool | None:
+        """Send to a socket wherever it is: whether it was taken; None when nobody has it."""
+        ...
+
+    async def count_sockets(self, path: str | None) -> int:
+        """How many sockets there are on all nodes."""
+        ...
+
 
 class Addressed(int):
     """How many local sockets are addressed. ``carried``: whether the transport took it for the other nodes."""

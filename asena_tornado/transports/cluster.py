@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
@@ -11,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
@@ -127,7 +129,6 @@ class Cluster:
         on_gap: Callable[[Gap], object] | None = None,
         describe: Callable[[Socket[Any]], object] | None = None,
         serves: bool = True,
-        heartbeat: float = HEARTBEAT,
     ) -> None:
         self.transport = transport
         self.on_gap = on_gap
@@ -137,7 +138,6 @@ class Cluster:
         self._namespaces: Mapping[str, Namespace] = {}
         self._describe = describe
         self._serves = serves
-        self._heartbeat = heartbeat
         self._id = uuid.uuid4().bytes
         self._name = f"{platform.node()}:{os.getpid()}"
         self._known: dict[bytes, _Known] = {}
@@ -151,6 +151,7 @@ class Cluster:
         self._located: OrderedDict[tuple[str, str], bytes] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self._knows_all_at = 0.0
+        self._met = asyncio.Event()
         self._warned_at = 0.0
 
     # -- coming and going
@@ -162,7 +163,7 @@ class Cluster:
         await self.transport.start(self)
         loop = asyncio.get_running_loop()
         # Whoever is there answers a greeting at once; and beats within one interval in any case.
-        self._knows_all_at = loop.time() + 1.2 * self._heartbeat
+        self._knows_all_at = monotonic() + 1.2 * HEARTBEAT
         self._beat(hello=True)
         self._task = loop.create_task(self._keep_beating())
 
@@ -318,7 +319,7 @@ class Cluster:
 
     def _warn(self, text: str, *args: object) -> None:
         """Once a second at most: whoever floods the channels must not flood the log as well."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         level = logging.DEBUG
         if now - self._warned_at > 1:
             self._warned_at = now
@@ -328,13 +329,12 @@ class Cluster:
     # -- signs of life
 
     async def _keep_beating(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._heartbeat)
+            await asyncio.sleep(HEARTBEAT)
             self._beat()
-            now = loop.time()
+            now = monotonic()
             for node, known in list(self._known.items()):
-                if known.alive and now - known.seen > _DEAD_AFTER * self._heartbeat:
+                if known.alive and now - known.seen > _DEAD_AFTER * HEARTBEAT:
                     # While nothing arrives at all, that nobody is heard proves nothing.
                     log.log(logging.WARNING if self.ready else logging.DEBUG, "node %s is gone", node.hex()[:8])
                     self._lose(node)
@@ -361,6 +361,7 @@ class Cluster:
             "name": self._name,
             "sockets": {path: len(namespace.sockets) for path, namespace in self._namespaces.items()},
             "sequences": sequences,
+            "serves": self._serves,
             "hello": hello,
             "bye": bye,
         }
@@ -385,15 +386,16 @@ class Cluster:
                     self._gap(node, channel, missed)
         if beat.hello and self._serves:
             self._beat(to=node)
-        if beat.sockets or node in self._known or not beat.hello:
-            self._known[node] = _Known(beat.name, beat.sockets, asyncio.get_running_loop().time())
+        if beat.serves:
+            self._met.set()
+            self._known[node] = _Known(beat.name, beat.sockets, monotonic())
 
     # -- the cluster in view
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that are there, this one first."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         own = {path: len(namespace.sockets) for path, namespace in list(self._namespaces.items())}
         others = [
             Node(id.hex(), known.name, known.sockets, now - known.seen)
@@ -401,6 +403,12 @@ class Cluster:
             if known.alive
         ]
         return (Node(self._id.hex(), self._name, own, 0.0, local=True), *others) if self._serves else tuple(others)
+
+    async def until_somebody_answers(self) -> None:
+        """Return when a node is known, or when it is clear that there is none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._knows_all_at - monotonic())):
+                await self._met.wait()
 
     async def count_sockets(self, path: str | None = None, *, timeout: float = 2.0) -> int:
         """How many sockets there are in the namespace, or in all of them, on all nodes."""
@@ -505,7 +513,7 @@ class Cluster:
                 raise TransportError(f"{self.transport!r} did not take the question")
             try:
                 async with asyncio.timeout(timeout):
-                    wait = 0.0 if node is not None else self._knows_all_at - loop.time()
+                    wait = 0.0 if node is not None else self._knows_all_at - monotonic()
                     if wait > 0 and not first:
                         await asyncio.sleep(wait)
                         question.missing |= {

@@ -73,6 +73,7 @@ class Beat(_Header):
     name: str
     sockets: dict[str, int]
     sequences: dict[str, int] = {}
+    serves: bool = True  # or only sends
     hello: bool = False  # it has just come, or come back: introduce yourselves
     bye: bool = False
 

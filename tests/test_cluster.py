@@ -1,0 +1,674 @@
+"""Several servers as one: what nodes owe each other, over every transport."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asena_tornado import (
+    AsenaServer,
+    AsenaWebSocketService,
+    Client,
+    ConnectionClosed,
+    RoomNameError,
+    UlakError,
+    UlakErrorCode,
+    WebSocket,
+)
+from asena_tornado.transports import (
+    BlockingUlakClient,
+    Cluster,
+    Gap,
+    LocalTransport,
+    RedisTransport,
+    Transport,
+    UlakClient,
+    cluster,
+)
+from asena_tornado.transports.envelope import Kind, message_header, pack
+
+if TYPE_CHECKING:
+    from tests.conftest import RedisServer
+
+Make = Callable[[], Transport]
+
+
+class Rooms(AsenaWebSocketService):
+    """Puts each client into the rooms it names, and does what it asks."""
+
+    def on_open(self, ws: Any) -> None:
+        rooms = ws.data.query.get("room", [])
+        for room in [rooms] if isinstance(rooms, str) else rooms:
+            ws.subscribe(room)
+        ws.send(ws.id)
+
+    def on_message(self, ws: Any, message: str) -> None:
+        room, _, text = message.partition(" ")
+        ws.publish(room, text)
+
+    def on_close(self, ws: Any) -> None:
+        for room in ws.rooms:
+            ws.publish(room, "somebody left")
+
+
+@WebSocket("/chat")
+class Chat(Rooms): ...
+
+
+@WebSocket("/news")
+class News(Rooms): ...
+
+
+@pytest.fixture(autouse=True)
+def quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "HEARTBEAT", 0.1)
+
+
+@pytest.fixture(params=["local", pytest.param("redis", marks=pytest.mark.redis)])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Makes the nodes' transports."""
+    together = uuid.uuid4().hex
+    if request.param == "local":
+        return lambda: LocalTransport(together)
+    pytest.importorskip("redis")
+    server: RedisServer = request.getfixturevalue("redis_server")
+    return lambda: RedisTransport(server.url, prefix=together)
+
+
+@asynccontextmanager
+async def cluster_of(make: Make, count: int = 2, *components: Any) -> AsyncIterator[list[Any]]:
+    servers = [AsenaServer(*(components or (Chat,)), port=0, transport=make()) for _ in range(count)]
+    for server in servers:
+        await server.__aenter__()
+    try:
+        yield servers
+    finally:
+        await close_clients()
+        for server in servers:
+            await server.aclose()
+
+
+clients: list[Client] = []
+
+
+async def close_clients() -> None:
+    while clients:
+        await clients.pop().close()
+
+
+async def join(server: AsenaServer, *rooms: str, path: str = "/chat") -> tuple[Client, str]:
+    """A client in these rooms, and its id; the other nodes know by then."""
+    client = await server.connect(path + "?" + "&".join(f"room={room}" for room in rooms))
+    clients.append(client)
+    id = await client.recv()
+    assert isinstance(id, str)
+    assert server.cluster is not None
+    await server.cluster.transport.sync()
+    return client, id
+
+
+def chat(server: AsenaServer, path: str = "/chat") -> Any:
+    return server.namespaces[path].hooks.service
+
+
+async def received(server: AsenaServer, *clients: Client, path: str = "/chat") -> list[list[Any]]:
+    """What each client received before everybody is sent the word "end" by this server."""
+    chat(server, path).in_("end")
+    found: list[list[Any]] = []
+    for client in clients:
+        messages: list[Any] = []
+        while (message := await client.recv()) != "end":
+            messages.append(message)
+        found.append(messages)
+    return found
+
+
+async def test_a_room_spans_nodes_and_everybody_in_it_receives_once(make: Make) -> None:
+    async with cluster_of(make, 3) as (a, b, c):
+        ann, _ = await join(a, "tech")
+        bob, _ = await join(b, "tech", "art")
+        cem, _ = await join(c, "art")
+        assert chat(a).to("tech", "hello") == 1
+        assert await received(a, ann, bob, cem) == [["hello"], ["hello"], []]
+
+
+async def test_everybody_is_everybody_on_every_node(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, _ = await join(a)
+        bob, _ = await join(b, "tech")
+        chat(b).in_("all")
+        assert await received(b, ann, bob) == [["all"], ["all"]]
+
+
+async def test_publish_reaches_the_others_on_every_node_but_never_the_sender(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, _ = await join(a, "tech")
+        bob, _ = await join(a, "tech")
+        cem, _ = await join(b, "tech")
+        await ann.send("tech hi")
+        assert await bob.recv() == "hi"
+        assert await cem.recv() == "hi"
+        assert await received(a, ann, bob, cem) == [[], [], []]
+
+
+async def test_a_message_to_several_rooms_comes_once_to_who_is_in_several(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, _ = await join(a, "x", "y")
+        bob, _ = await join(b, "x", "y")
+        cem, _ = await join(b, "y")
+        dan, _ = await join(b, "z")
+        for i in range(20):
+            chat(a).to(["x", "y", "x"], str(i))
+        everything = [str(i) for i in range(20)]
+        assert await received(a, ann, bob, cem, dan) == [everything, everything, everything, []]
+
+
+async def test_sockets_of_other_nodes_can_be_excluded_by_id(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, ann_id = await join(a, "x", "y")
+        bob, bob_id = await join(b, "x", "y")
+        cem, _ = await join(b, "x")
+        chat(a).to("x", "1", exclude=bob_id)
+        chat(a).to(["x", "y"], "2", exclude=(id for id in (ann_id, bob_id)))
+        chat(a).in_("3", exclude=[a.namespaces["/chat"].sockets[ann_id], bob_id])
+        assert await received(a, ann, bob, cem) == [["1"], [], ["1", "2", "3"]]
+
+
+async def test_text_stays_text_and_binary_stays_binary(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, _ = await join(b, "x")
+        sent = ["", "Grüße 🎉\0", b"", b"\xff\0\r\n", bytes(100_000), "x" * 100_000]
+        for data in [*sent, {"a": [1, None]}]:
+            chat(a).to("x", data)
+        assert await received(a, bob) == [[*sent, '{"a":[1,null]}']]
+
+
+async def test_room_names_of_every_kind_stay_apart(make: Make) -> None:
+    names = ["a", "a#b", "#", "日本", "a b", "*", "a?", "/chat", "node"]
+    async with cluster_of(make, 2, Chat, News) as (a, b):
+        bob, _ = await join(b)
+        socket = next(iter(b.namespaces["/chat"].sockets.values()))
+        for name in names[::2]:
+            socket.subscribe(name)
+        await b.cluster.transport.sync()
+        for name in names:
+            chat(a).to(name, name)
+            chat(a, "/news").to(name, "not for you")
+        assert await received(a, bob) == [names[::2]]
+
+
+async def test_a_name_that_cannot_travel_is_refused_on_the_callers_line(make: Make) -> None:
+    async with cluster_of(make, 1) as (a,):
+        await join(a)
+        socket = next(iter(a.namespaces["/chat"].sockets.values()))
+        with pytest.raises(RoomNameError, match="Unicode"):
+            socket.subscribe("\ud800")
+        with pytest.raises(RoomNameError, match="Unicode"):
+            chat(a).to("\ud800", "1")
+
+
+async def test_who_joins_later_receives_from_then_on_and_who_leaves_no_more(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, bob_id = await join(b)
+        socket = b.namespaces["/chat"].sockets[bob_id]
+        chat(a).to("x", "too early")
+        for number in range(3):
+            socket.subscribe("x")
+            await b.cluster.transport.sync()
+            chat(a).to("x", str(number))
+            assert await bob.recv() == str(number)
+            socket.unsubscribe("x")
+            chat(a).to("x", "too late")
+            await a.cluster.transport.sync()
+            await b.cluster.transport.sync()
+        assert await received(a, bob) == [[]]
+        assert b.cluster.missed == 0
+
+
+async def test_each_client_receives_in_the_order_in_which_a_node_published(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, _ = await join(b, "x", "y")
+        for i in range(1000):
+            (chat(a).in_ if i % 3 == 0 else lambda data: chat(a).to("xy"[i % 2], data))(str(i))  # noqa: B023
+        assert await received(a, bob) == [[str(i) for i in range(1000)]]
+
+
+async def test_what_on_close_publishes_while_a_node_stops_reaches_the_others(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, _ = await join(a, "x")
+        await join(b, "x")
+        await b.aclose()
+        assert await ann.recv() == "somebody left"
+
+
+async def test_other_threads_publish_to_all_nodes_in_their_order(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, _ = await join(b, "x")
+        await asyncio.to_thread(lambda: [chat(a).to("x", str(i)) for i in range(100)])
+        assert [await bob.recv() for _ in range(100)] == [str(i) for i in range(100)]
+
+
+async def test_a_namespace_that_another_node_does_not_have_is_no_business_of_it(make: Make) -> None:
+    async with cluster_of(make, 1, Chat, News) as (a,), cluster_of(make, 1, Chat) as (b,):
+        bob, _ = await join(b, "x")
+        chat(a, "/news").in_("1")
+        chat(a, "/news").to("x", "2")
+        assert await received(a, bob) == [[]]
+
+
+# -- Ulak and the inspector
+
+
+async def test_ulak_and_inspector_send_to_all_nodes(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        ann, _ = await join(a, "x")
+        bob, _ = await join(b, "x")
+        await a.ulak.to("/chat", "x", "1")
+        await a.ulak.broadcast("/chat", "2")
+        await a.ulak.to_many("/chat", ["x", "y"], "3")
+        await a.ulak.broadcast_all("4")
+        a.inspector.to("x", "5")
+        a.inspector.in_("6")
+        assert await received(a, ann, bob) == [["1", "2", "3", "4", "5", "6"]] * 2
+
+
+async def test_to_socket_finds_a_socket_on_any_node_and_knows_when_there_is_none(make: Make) -> None:
+    async with cluster_of(make, 3) as (a, b, _):
+        bob, bob_id = await join(b)
+        assert await a.ulak.to_socket("/chat", bob_id, b"1") == 1
+        assert await a.ulak.to_socket("/chat", bob_id, {"n": 2}) == 1
+        assert await received(a, bob) == [[b"1", '{"n":2}']]
+        with pytest.raises(UlakError) as caught:
+            await a.ulak.to_socket("/chat", str(uuid.uuid4()), "3")
+        assert caught.value.code is UlakErrorCode.SOCKET_NOT_FOUND
+        await bob.close()
+        with pytest.raises(UlakError) as caught:
+            await a.ulak.to_socket("/chat", bob_id, "4")
+        assert caught.value.code is UlakErrorCode.SOCKET_NOT_FOUND
+
+
+async def test_a_bulk_reaches_sockets_of_other_nodes_too(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, bob_id = await join(b, "x")
+        result = await a.ulak.bulk_send(
+            [
+                {"type": "socket", "namespace": "/chat", "socket_id": bob_id, "data": "1"},
+                {"type": "socket", "namespace": "/chat", "socket_id": "nobody", "data": "2"},
+                {"type": "room", "namespace": "/chat", "room": "x", "data": "3"},
+            ]
+        )
+        assert [outcome.ok for outcome in result.results] == [True, False, True]
+        assert result.results[1].error.code is UlakErrorCode.SOCKET_NOT_FOUND
+        assert await received(a, bob) == [["1", "3"]]
+
+
+async def test_sockets_are_counted_on_all_nodes(make: Make) -> None:
+    async with cluster_of(make, 3, Chat, News) as (a, b, c):
+        await join(a)
+        await join(b)
+        await join(b, path="/news")
+        assert await c.ulak.count_sockets("/chat") == 2
+        assert await a.ulak.namespace("/chat").count_sockets() == 2
+        assert await a.cluster.count_sockets() == 3
+        assert a.ulak.get_socket_count("/chat") == 1
+
+
+async def test_the_cluster_tells_which_node_holds_which_socket(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        _, ann_id = await join(a, "x")
+        _, bob_id = await join(b, "x", "y")
+        found, total = await a.cluster.sockets("/chat")
+        assert total == 2
+        nodes = {socket["id"]: node for node, socket in found}
+        assert nodes == {ann_id: a.cluster.nodes[0].id, bob_id: b.cluster.nodes[0].id}
+        assert {socket["id"]: socket["rooms"] for _, socket in found} == {ann_id: ["x"], bob_id: ["x", "y"]}
+        assert await a.cluster.locate("/chat", bob_id) == b.cluster.nodes[0].id
+        assert await a.cluster.locate("/chat", "nobody") is None
+        assert (await a.cluster.sockets("/chat", limit=0))[0] == []
+
+
+async def test_a_socket_of_another_node_can_be_moved_and_closed(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, bob_id = await join(b)
+        assert await a.cluster.move("/chat", bob_id, "x", into=True) is True
+        assert await a.cluster.move("/chat", bob_id, "x", into=True) is False
+        await b.cluster.transport.sync()
+        chat(a).to("x", "1")
+        assert await bob.recv() == "1"
+        assert await a.cluster.move("/chat", bob_id, "x", into=False) is True
+        assert await a.cluster.disconnect(None, bob_id, 4001, "go") is True
+        with pytest.raises(ConnectionClosed) as caught:
+            await bob.recv()
+        assert (caught.value.code, caught.value.reason) == (4001, "go")
+        assert await a.cluster.disconnect(None, bob_id) is None
+
+
+# -- who is there
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for is a passing of time
+            await asyncio.sleep(0.01)
+
+
+async def test_nodes_see_each_other_come_and_go(make: Make) -> None:
+    async with cluster_of(make, 1) as (a,):
+        async with cluster_of(make, 1) as (b,):
+            await join(b)
+            await until(lambda: len(a.cluster.nodes) == len(b.cluster.nodes) == 2)
+            await until(lambda: a.cluster.nodes[1].sockets == {"/chat": 1})
+            assert [node.local for node in a.cluster.nodes] == [True, False]
+        await until(lambda: len(a.cluster.nodes) == 1)
+
+
+async def test_a_node_that_dies_without_a_word_is_gone_after_three_heartbeats(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        _, bob_id = await join(b)
+        await until(lambda: len(a.cluster.nodes) == 2)
+        await b.cluster.transport.stop()
+        await until(lambda: len(a.cluster.nodes) == 1)
+        assert await a.cluster.count_sockets() == 0
+        with pytest.raises(UlakError) as caught:
+            await a.ulak.to_socket("/chat", bob_id, "1")
+        assert caught.value.code is UlakErrorCode.SOCKET_NOT_FOUND
+
+
+# -- what is lost, and what is false
+
+
+class Lossy:
+    """A transport that loses what it is told to."""
+
+    def __init__(self, inner: Transport) -> None:
+        self._inner = inner
+        self.losing = False
+
+    def publish(self, channel: str, payload: bytes) -> bool:
+        return True if self.losing else self._inner.publish(channel, payload)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@asynccontextmanager
+async def with_losses(make: Make) -> AsyncIterator[tuple[Any, Any, Lossy, asyncio.Queue[Gap]]]:
+    """Two nodes; what the first loses; what the second notices."""
+    gaps: asyncio.Queue[Gap] = asyncio.Queue()
+    lossy = Lossy(make())
+    async with (
+        AsenaServer(Chat, port=0, transport=lossy) as a,
+        AsenaServer(Chat, port=0, transport=make(), on_gap=gaps.put_nowait) as b,
+    ):
+        yield a, b, lossy, gaps
+        await close_clients()
+
+
+async def test_a_lost_message_is_reported_when_the_next_one_comes(make: Make) -> None:
+    async with with_losses(make) as (a, b, lossy, gaps):
+        bob, _ = await join(b, "x")
+        chat(a).to("x", "1")
+        lossy.losing = True
+        chat(a).to("x", "2")
+        chat(a).to("x", "3")
+        lossy.losing = False
+        chat(a).to("x", "4")
+        async with asyncio.timeout(10):
+            assert await gaps.get() == Gap(a.cluster.nodes[0].id, "/chat", "x", 2)
+        assert await received(a, bob) == [["1", "4"]]
+        assert b.cluster.missed == 2
+
+
+async def test_the_loss_of_the_last_message_is_reported_by_the_next_heartbeat(make: Make) -> None:
+    async with with_losses(make) as (a, b, lossy, gaps):
+        await join(b, "x")
+        chat(a).to("x", "1")
+        chat(a).in_("1")
+        lossy.losing = True
+        chat(a).to("x", "2")
+        chat(a).in_("2")
+        lossy.losing = False
+        async with asyncio.timeout(10):
+            found = {(await gaps.get()).room, (await gaps.get()).room}
+        assert found == {"x", None}
+        assert b.cluster.missed == 2
+
+
+async def test_joining_late_starting_late_and_restarting_are_no_losses(make: Make) -> None:
+    gaps: list[Gap] = []
+    async with cluster_of(make, 1) as (a,):
+        for i in range(10):
+            chat(a).to("x", str(i))
+        async with AsenaServer(Chat, port=0, transport=make(), on_gap=gaps.append) as b:
+            for _ in range(3):
+                bob, bob_id = await join(b, "x")
+                chat(a).to("x", "1")
+                assert await bob.recv() == "1"
+                b.namespaces["/chat"].sockets[bob_id].unsubscribe("x")
+                chat(a).to("x", "not for bob")
+            bob, _ = await join(b, "x")
+            await a.aclose()
+            await a.__aenter__()
+            chat(a).to("x", "2")
+            assert await bob.recv() == "2"
+    assert gaps == []
+
+
+async def test_an_on_gap_that_fails_stops_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    async with with_losses(make) as (a, b, lossy, _):
+        b.cluster.on_gap = lambda gap: 1 / 0
+        bob, _ = await join(b, "x")
+        chat(a).to("x", "1")
+        lossy.losing = True
+        chat(a).to("x", "2")
+        lossy.losing = False
+        chat(a).to("x", "3")
+        assert await received(a, bob) == [["1", "3"]]
+        assert "on_gap failed" in caplog.text
+
+
+def envelope(node: bytes = bytes(16), *, path: Any = "/chat", rooms: Any = ("x",), opcode: int = 1) -> bytes:
+    return pack(node, 1, Kind.MESSAGE, message_header(path, rooms, (), opcode, None), b"evil")
+
+
+FALSE: list[tuple[str, bytes]] = [
+    ("/chat#x", b""),
+    ("/chat#x", b"hello"),
+    ("/chat#x", b"asn\x02" + envelope()[4:]),
+    ("/chat#x", envelope()[:40]),
+    ("/chat#x", struct.pack(">4s16sQBI", b"asn\x01", bytes(16), 1, 1, 2**32 - 1)),
+    ("/chat#x", envelope(rooms=("y",))),
+    ("/chat#x", envelope(path="/news")),
+    ("/chat#x", envelope(rooms=None)),
+    ("/chat", envelope(rooms=("x",))),
+    ("/chat#x", envelope(opcode=8)),
+    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, message_header("/chat", ("x",), (), 1, None), b"\xff")),
+    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b'{"path": "/chat"}', b"evil")),
+    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b"\x80\x04K\x01.", b"a pickle")),
+    ("/chat#x", pack(bytes(16), 0, Kind.REQUEST, b'{"id": "1", "operation": "disconnect"}')),
+    ("nodes", pack(bytes(16), 0, Kind.REQUEST, b'{"id": "1", "operation": "__import__"}')),
+    ("nodes", pack(bytes(16), 0, Kind.BEAT, b'{"name": "x", "sockets": {"/chat": "many"}}')),
+    ("nodes", pack(bytes(16), 0, 99, b"{}")),  # type: ignore[arg-type]
+]
+
+
+async def test_what_is_malformed_or_foreign_is_counted_and_dropped(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, _ = await join(b, "x")
+        for number, (channel, payload) in enumerate(FALSE, 1):
+            assert a.cluster.transport.publish(channel, payload)
+            assert await received(a, bob) == [[]]
+            assert (b.cluster.rejected, payload) == (number, payload)
+
+
+async def test_a_forged_request_closes_no_socket_in_a_way_that_is_none(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        bob, bob_id = await join(b, "x")
+        request = {"id": "1", "operation": "disconnect", "socket": bob_id, "code": 1005, "reason": "x"}
+        assert a.cluster.transport.publish("nodes", pack(bytes(16), 0, Kind.REQUEST, json.dumps(request).encode()))
+        assert await received(a, bob) == [[]]
+        assert b.cluster.rejected == 1
+
+
+class Nobody:
+    """A transport without anybody else."""
+
+    ready = True
+
+    async def start(self, receiver: object) -> None: ...
+    async def stop(self) -> None: ...
+    async def sync(self) -> None: ...
+    def subscribe(self, channel: str) -> None: ...
+    def unsubscribe(self, channel: str) -> None: ...
+
+    def publish(self, channel: str, payload: bytes) -> bool:
+        return True
+
+
+@given(
+    payload=st.one_of(
+        st.binary(max_size=200),
+        st.builds(
+            lambda kind, header, body: pack(bytes(16), 1, kind, header, body),
+            st.sampled_from(Kind),
+            st.one_of(
+                st.binary(max_size=50),
+                st.recursive(st.none() | st.integers() | st.text(), st.lists).map(
+                    lambda data: json.dumps(data).encode()
+                ),
+                st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "id": st.text() | st.none(),
+                        "operation": st.sampled_from(["find", "send", "join", "sockets", "?"]),
+                        "path": st.text(),
+                        "rooms": st.lists(st.text()),
+                        "opcode": st.integers(),
+                        "name": st.text(),
+                        "sockets": st.dictionaries(st.text(), st.integers()),
+                        "limit": st.integers(),
+                        "sequences": st.dictionaries(st.text(), st.integers()),
+                        "done": st.booleans(),
+                    },
+                ).map(lambda data: json.dumps(data).encode()),
+            ),
+            st.binary(max_size=20),
+        ),
+    ),
+    channel=st.sampled_from(["nodes", "/chat", "/chat#x"]),
+)
+def test_no_bytes_from_the_wire_can_raise(payload: bytes, channel: str) -> None:
+    async def receive() -> None:
+        node = Cluster(Nobody())
+        await node.start()
+        node.message_received(channel, payload)
+        await node.stop()
+
+    asyncio.run(receive())
+
+
+# -- alone, and replaced
+
+
+async def test_alone_there_is_no_cluster_and_nothing_to_pay_for_one() -> None:
+    async with AsenaServer(Chat, port=0) as server:
+        assert server.cluster is None
+        assert server.namespaces["/chat"].link is None
+        assert server.ready
+        assert type(chat(server).in_("1")) is int
+        assert await server.ulak.count_sockets("/chat") == 0
+
+
+def test_a_server_that_replaces_another_keeps_its_place_in_the_cluster(make: Make) -> None:
+    loop = asyncio.new_event_loop()
+    with AsenaServer(Chat, port=0, transport=make()) as a, AsenaServer(Chat, port=0, transport=make()) as old:
+        bob, _ = loop.run_until_complete(connect_from_outside(old, "x"))
+        assert old.cluster is not None
+        node = old.cluster.nodes[0].id
+        with AsenaServer(Chat, port=old.port, transport=make()) as new:
+            assert new.cluster is not None
+            assert new.cluster.nodes[0].id == node
+            assert a.namespaces["/chat"].to("x", "1") == 0
+            assert loop.run_until_complete(bob.recv()) == "1"
+            loop.run_until_complete(bob.close())
+    loop.close()
+
+
+def test_a_server_that_replaces_one_without_a_transport_joins_the_cluster(make: Make) -> None:
+    loop = asyncio.new_event_loop()
+    with AsenaServer(Chat, port=0, transport=make()) as a, AsenaServer(Chat, port=0) as old:
+        bob, _ = loop.run_until_complete(connect_from_outside(old, "x"))
+        with AsenaServer(Chat, port=old.port, transport=make()) as new:
+            assert new.cluster is not None
+            new.call(new.cluster.transport.sync())
+            assert a.namespaces["/chat"].to("x", "1") == 0
+            assert loop.run_until_complete(bob.recv()) == "1"
+            with AsenaServer(Chat, port=old.port) as alone:
+                assert alone.cluster is None
+                assert a.namespaces["/chat"].to("x", "2") == 0
+                alone.namespaces["/chat"].to("x", "3")
+                assert loop.run_until_complete(bob.recv()) == "3"
+                loop.run_until_complete(bob.close())
+    loop.close()
+
+
+async def connect_from_outside(server: AsenaServer, room: str) -> tuple[Client, str]:
+    client = await server.connect(f"/chat?room={room}")
+    id = str(await client.recv())
+    if server.cluster is not None:
+        await asyncio.to_thread(server.call, server.cluster.transport.sync())
+    return client, id
+
+
+# -- from a process that serves nothing
+
+
+async def test_a_client_of_ulak_sends_without_serving(make: Make) -> None:
+    async with cluster_of(make, 2, Chat, News) as (a, b), UlakClient(make()) as ulak:
+        ann, ann_id = await join(a, "x")
+        bob, bob_id = await join(b, "x", "y")
+        assert await ulak.to("/chat", "x", {"n": 1}) == 0
+        await ulak.broadcast("/chat", b"2")
+        await ulak.to_many("/chat", ["x", "y"], "3")
+        assert await ulak.namespace("chat").to_socket(bob_id, "4") == 1
+        await ulak.broadcast_all("5")
+        result = await ulak.bulk_send([{"type": "socket", "namespace": "/chat", "socket_id": ann_id, "data": "6"}])
+        assert result.succeeded == 1
+        assert await received(a, ann, bob) == [['{"n":1}', b"2", "3", "5", "6"], ['{"n":1}', b"2", "3", "4", "5"]]
+        assert await ulak.count_sockets("/chat") == 2
+        assert sorted(ulak.get_namespaces()) == ["/chat", "/news"]
+        assert ulak.has_namespace("news")
+        assert len(a.cluster.nodes) == 2
+        with pytest.raises(UlakError) as caught:
+            await ulak.to_socket("/chat", "nobody", "7")
+        assert caught.value.code is UlakErrorCode.SOCKET_NOT_FOUND
+    with pytest.raises(UlakError) as caught:
+        await ulak.to("/chat", "x", "8")
+    assert caught.value.code is UlakErrorCode.SERVICE_NOT_INITIALIZED
+
+
+async def test_the_blocking_client_sends_from_code_without_a_loop(make: Make) -> None:
+    async with cluster_of(make, 1) as (a,):
+        ann, ann_id = await join(a, "x")
+
+        def work() -> tuple[int, int]:
+            with BlockingUlakClient(make()) as ulak:
+                ulak.to("/chat", "x", "1")
+                ulak.broadcast("/chat", "2")
+                ulak.to_socket("/chat", ann_id, "3")
+                return ulak.count_sockets("/chat"), threading.get_ident()
+
+        count, thread = await asyncio.to_thread(work)
+        assert count == 1
+        assert thread != threading.get_ident()
+        assert [await ann.recv() for _ in range(3)] == ["1", "2", "3"]
