@@ -21,6 +21,7 @@ from .errors import (
     ServerStateError,
     SocketClosedError,
     SocketNotFoundError,
+    TransportError,
     UlakError,
     UlakErrorCode,
 )
@@ -42,11 +43,13 @@ from .options import WebSocketOptions
 from .server import AsenaServer
 from .service import AsenaWebSocketService, WebSocket
 from .sockets import ReadyState, Socket, SocketData
+from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
 
 __all__ = [
     "AsenaError",
     "AsenaServer",
     "AsenaWebSocketService",
+    "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
     "CircularDependencyError",
@@ -57,11 +60,13 @@ __all__ = [
     "Controller",
     "Delete",
     "EncodeError",
+    "Gap",
     "Get",
     "HandshakeRefused",
     "Inject",
     "InjectionError",
     "InvalidMessageError",
+    "LocalTransport",
     "Middleware",
     "MiddlewareError",
     "MiddlewareService",
@@ -73,6 +78,7 @@ __all__ = [
     "Put",
     "RateLimit",
     "ReadyState",
+    "RedisTransport",
     "RequestLog",
     "Response",
     "RoomNameError",
@@ -83,7 +89,10 @@ __all__ = [
     "SocketData",
     "SocketNotFoundError",
     "TokenAuth",
+    "Transport",
+    "TransportError",
     "Ulak",
+    "UlakClient",
     "UlakError",
     "UlakErrorCode",
     "UlakNamespace",
