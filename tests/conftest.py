@@ -5,12 +5,15 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tornado.ioloop import IOLoop
+
+from asena_tornado import AsenaServer
 
 
 @pytest.fixture
@@ -86,3 +89,161 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.stop()
+
+
+class Wire:
+    """A client of raw bytes on a blocking socket, for what no decent client does. No wait takes over 10 s."""
+
+    KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._received = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Send the bytes as they are."""
+        self.sock.sendall(data)
+
+    def request(self, path: str, headers: dict[str, str] | None = None, *, more: str = "") -> bytes:
+        """Ask for an upgrade and return the answer's head; a header of None is left out."""
+        given = {
+            "Host": "localhost",
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Key": self.KEY,
+            "Sec-WebSocket-Version": "13",
+            **(headers or {}),
+        }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in given.items() if value is not None)
+        self.write(f"GET {path} HTTP/1.1\r\n{lines}{more}\r\n".encode("latin-1"))
+        return self.read_head()
+
+    def read_head(self) -> bytes:
+        """The head of an HTTP answer."""
+        while (end := self._received.find(b"\r\n\r\n")) < 0:
+            self._read_more()
+        return bytes(self._take(end + 4))
+
+    @staticmethod
+    def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0) -> bytes:
+        """A client's frame, masked with zeros."""
+        n = len(payload)
+        size = (
+            bytes([n]) if n < 126 else b"\x7e" + n.to_bytes(2, "big") if n < 65536 else b"\x7f" + n.to_bytes(8, "big")
+        )
+        return bytes([fin << 7 | rsv << 4 | opcode, size[0] | 0x80]) + size[1:] + bytes(4) + payload
+
+    def send(self, payload: str | bytes, *, fin: bool = True, rsv: int = 0) -> None:
+        """Send a message, or its first fragment."""
+        text = isinstance(payload, str)
+        self.write(self.frame(1 if text else 2, payload.encode() if text else payload, fin=fin, rsv=rsv))
+
+    def read_frame(self) -> tuple[int, bytes]:
+        """The next frame's first byte, and its payload. Raises EOFError at the end."""
+        self._need(2)
+        first, length = self._received[:2]
+        head = {126: 4, 127: 10}.get(length, 2)
+        self._need(head)
+        if head > 2:
+            length = int.from_bytes(self._received[2:head], "big")
+        self._need(head + length)
+        return first, bytes(self._take(head + length)[head:])
+
+    def read(self) -> str | bytes:
+        """The next message; other frames are skipped, except a close frame, which raises EOFError."""
+        while True:
+            first, payload = self.read_frame()
+            if first == 0x88:
+                raise EOFError(f"closed with {int.from_bytes(payload[:2], 'big')}: {payload[2:].decode()}")
+            if first in (0x81, 0x82):
+                return payload.decode() if first == 0x81 else payload
+
+    def echo(self, text: str = "still there?") -> None:
+        """Send to an echo service and see it come back."""
+        self.send(text)
+        assert self.read() == text
+
+    def close(self, code: int = 1000) -> None:
+        """Send a close frame."""
+        self.write(self.frame(8, code.to_bytes(2, "big")))
+
+    def close_code(self) -> int:
+        """Skip everything up to the server's close frame; its code, or 1005."""
+        while True:
+            first, payload = self.read_frame()
+            if first == 0x88:
+                return int.from_bytes(payload[:2], "big") if payload else 1005
+
+    def rest(self) -> bytes:
+        """What still comes until the server ends the connection, cleanly or with a reset."""
+        try:
+            while True:
+                self._read_more()
+        except (EOFError, ConnectionResetError):
+            return bytes(self._take(len(self._received)))
+
+    def reset(self) -> None:
+        """Go without a word."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.sock.close()
+
+    def _need(self, size: int) -> None:
+        while len(self._received) < size:
+            self._read_more()
+
+    def _read_more(self) -> None:
+        data = self.sock.recv(65536)
+        if not data:
+            raise EOFError("the server has closed the connection")
+        self._received += data
+
+    def _take(self, size: int) -> bytearray:
+        taken = self._received[:size]
+        del self._received[:size]
+        return taken
+
+
+class Wires:
+    """Makes raw clients, and closes them after the test."""
+
+    def __init__(self) -> None:
+        self.made: list[Wire] = []
+
+    def dial(
+        self, server: AsenaServer, *, tls: ssl.SSLContext | None = None, receive_buffer: int | None = None
+    ) -> Wire:
+        """A connection on which nothing has been said."""
+        sock = socket.socket()
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.made.append(Wire(sock))
+        sock.settimeout(10)
+        sock.connect(("127.0.0.1", server.port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls is not None:
+            self.made[-1].sock = tls.wrap_socket(sock, server_hostname="localhost")
+        return self.made[-1]
+
+    def connect(
+        self,
+        server: AsenaServer,
+        path: str,
+        headers: dict[str, str] | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        receive_buffer: int | None = None,
+    ) -> Wire:
+        """A connection that has been upgraded."""
+        wire = self.dial(server, tls=tls, receive_buffer=receive_buffer)
+        head = wire.request(path, headers)
+        assert head.startswith(b"HTTP/1.1 101 "), head
+        return wire
+
+
+@pytest.fixture
+def wires() -> Iterator[Wires]:
+    """Raw clients."""
+    wires = Wires()
+    yield wires
+    for wire in wires.made:
+        wire.sock.close()
