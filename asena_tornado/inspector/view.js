@@ -91,7 +91,7 @@ function render({ model, el }) {
   const range = h("span", {});
   const pages = h("nav", { class: "pages", "aria-label": "Pages of sockets" }, previous, range, following);
   const detail = h("section", { class: "detail", tabindex: "-1" });
-  const composer = messageForm("publish", "Send", (data) => act({ do: "publish", ...composer.target, data }));
+  const composer = messageForm("publish", "Send", (data) => act({ do: "publish", ...composer.addressee, data }));
   const receipt = h("p", { class: "receipt", role: "status" });
   const stream = h("ol", { class: "events", tabindex: "0", "aria-label": "Events, newest first" });
   const traffic = h("input", { type: "checkbox", id: id("messages"), checked: true });
@@ -503,7 +503,7 @@ function render({ model, el }) {
     const to = namespace && (look.room ? `Send to room ${look.room}` : `Send to everybody in ${namespace}`);
     setText(composer.caption, to ?? "Choose a namespace or a room to send to");
     for (const control of composer.controls) control.disabled = !to;
-    composer.target = { namespace, room: look.room };
+    composer.addressee = { namespace, room: look.room };
   }
 
   function drawEvents() {
