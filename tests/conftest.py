@@ -104,9 +104,9 @@ class Wire:
         """Send the bytes as they are."""
         self.sock.sendall(data)
 
-    def request(self, path: str, headers: dict[str, str] | None = None, *, more: str = "") -> bytes:
+    def request(self, path: str, headers: dict[str, str | None] | None = None, *, more: str = "") -> bytes:
         """Ask for an upgrade and return the answer's head; a header of None is left out."""
-        given = {
+        given: dict[str, str | None] = {
             "Host": "localhost",
             "Upgrade": "websocket",
             "Connection": "Upgrade",
@@ -135,8 +135,10 @@ class Wire:
 
     def send(self, payload: str | bytes, *, fin: bool = True, rsv: int = 0) -> None:
         """Send a message, or its first fragment."""
-        text = isinstance(payload, str)
-        self.write(self.frame(1 if text else 2, payload.encode() if text else payload, fin=fin, rsv=rsv))
+        if isinstance(payload, str):
+            self.write(self.frame(1, payload.encode(), fin=fin, rsv=rsv))
+        else:
+            self.write(self.frame(2, payload, fin=fin, rsv=rsv))
 
     def read_frame(self) -> tuple[int, bytes]:
         """The next frame's first byte, and its payload. Raises EOFError at the end."""
@@ -228,7 +230,7 @@ class Wires:
         self,
         server: AsenaServer,
         path: str,
-        headers: dict[str, str] | None = None,
+        headers: dict[str, str | None] | None = None,
         *,
         tls: ssl.SSLContext | None = None,
         receive_buffer: int | None = None,

@@ -40,8 +40,8 @@ def payload(frame: bytes) -> bytes:
     return frame[head:]
 
 
-def compress(data: bytes, flush: int = zlib.Z_SYNC_FLUSH, **options: int) -> bytes:
-    stream = zlib.compressobj(wbits=-15, **options)
+def compress(data: bytes, flush: int = zlib.Z_SYNC_FLUSH) -> bytes:
+    stream = zlib.compressobj(wbits=-15)
     out = stream.compress(data) + stream.flush(flush)
     return out.removesuffix(TAIL) if flush == zlib.Z_SYNC_FLUSH else out
 
