@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -160,7 +159,7 @@ class Handshake:
         try:
             if len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16:
                 return keys[0]
-        except binascii.Error:
+        except ValueError:  # also what binascii raises
             pass
         raise Refusal(400, "Sec-WebSocket-Key must be given once and hold 16 bytes as base64")
 
@@ -233,6 +232,7 @@ class _FrontRequest(HTTPMessageDelegate):
         self._conn = request_conn
         self._app: HTTPMessageDelegate | None = None
         self._response: Response | None = None
+        self._head_only = False
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
@@ -267,6 +267,7 @@ class _FrontRequest(HTTPMessageDelegate):
     def _refuse(self, endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
         _refused(endpoint, request, response)
         self._response = response
+        self._head_only = request.method == "HEAD"
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         return self._app.data_received(chunk) if self._app is not None else None
@@ -278,7 +279,9 @@ class _FrontRequest(HTTPMessageDelegate):
             response = self._response
             response.headers["Content-Length"] = str(len(response.body))
             start_line = ResponseStartLine("HTTP/1.1", response.status, responses.get(response.status, ""))
-            self._conn.write_headers(start_line, response.headers, response.body)
+            # An answer to HEAD only tells how long its body would be.
+            body = None if self._head_only else response.body
+            self._conn.write_headers(start_line, response.headers, body)
             self._conn.finish()
 
     def on_connection_close(self) -> None:
@@ -380,10 +383,8 @@ def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes)
         early.add_done_callback(lambda read: read.cancelled() or read.exception())
     sock = stream.socket.dup()
     stream.close()
-    sent = sock.send(answer)
     plain = SocketChannel(loop, sock)
-    if sent < len(answer):
-        plain.write(answer[sent:])
+    plain.write(answer)
     return plain, received
 
 

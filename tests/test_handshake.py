@@ -1,0 +1,275 @@
+"""The handshake: who is let in, and what everybody else is told (RFC 6455 §4.2)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from asena_tornado import AsenaServer, AsenaWebSocketService, Middleware, WebSocket, WebSocketOptions
+
+# Raw clients do not answer close frames: no server is to wait for that.
+OPTIONS = WebSocketOptions(close_timeout=0.05)
+
+
+@Middleware()
+class Gate:
+    """Keeps who asks to wait."""
+
+    async def handle(self, context, next):
+        if context.query.get("wait"):
+            await asyncio.Event().wait()
+        return await next()
+
+
+@WebSocket("/echo")
+class Echo(AsenaWebSocketService):
+    def on_message(self, ws, message: str | bytes):
+        ws.send(message)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[AsenaServer]:
+    with AsenaServer(Echo, port=0, options=OPTIONS) as server:
+        yield server
+
+
+def status(head: bytes) -> int:
+    return int(head.split()[1])
+
+
+# -- what is let in
+
+
+def test_the_answer_proves_that_the_key_was_read(server, wires):
+    head = wires.dial(server).request("/echo")
+    # The example of RFC 6455 §1.3, whose key the raw client sends.
+    assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in head
+    assert b"\r\nUpgrade: websocket\r\n" in head
+    assert b"\r\nConnection: Upgrade\r\n" in head
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Upgrade": "WebSocket"},
+        {"Connection": "keep-alive, Upgrade"},
+        {"Connection": "UPGRADE"},
+        {"Sec-WebSocket-Protocol": "chat"},
+        {"Sec-WebSocket-Extensions": "permessage-deflate"},
+        {"Sec-WebSocket-Extensions": ",;;=\"x"},
+        {"Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode()},
+    ],
+)  # fmt: skip
+def test_what_the_standard_allows_is_let_in(server, wires, headers):
+    wires.connect(server, "/echo", headers).echo()
+
+
+def test_neither_subprotocol_nor_extension_is_agreed_on_unasked(server, wires):
+    offers = {"Sec-WebSocket-Protocol": "chat", "Sec-WebSocket-Extensions": "permessage-deflate"}
+    head = wires.dial(server).request("/echo", offers)
+    assert b"Sec-WebSocket-Protocol" not in head
+    assert b"Sec-WebSocket-Extensions" not in head
+
+
+def test_frames_that_come_along_with_the_handshake_are_read(server, wires):
+    wire = wires.dial(server)
+    wire.write(
+        b"GET /echo HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + wire.KEY.encode() + b"\r\n\r\n"
+        + wire.frame(1, b"early") + wire.frame(1, b"half")[:7]
+    )  # fmt: skip
+    assert wire.read_head().startswith(b"HTTP/1.1 101 ")
+    assert wire.read() == "early"
+    wire.write(wire.frame(1, b"half")[7:])
+    assert wire.read() == "half"
+
+
+def test_a_handshake_may_arrive_byte_by_byte(server, wires):
+    wire = wires.dial(server)
+    lines = (
+        "GET /echo HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {wire.KEY}\r\n\r\n"
+    )
+    for character in lines:
+        wire.write(character.encode())
+    assert wire.read_head().startswith(b"HTTP/1.1 101 ")
+    wire.echo()
+
+
+# -- what is not
+
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+
+
+@pytest.mark.parametrize(
+    ("headers", "more", "expected"),
+    [
+        ({"Upgrade": None}, "", 426),
+        ({"Upgrade": "h2c"}, "", 426),
+        ({"Connection": None}, "", 426),
+        ({"Connection": "close"}, "", 426),
+        ({"Sec-WebSocket-Version": None}, "", 426),
+        ({"Sec-WebSocket-Version": "8"}, "", 426),
+        ({}, "Sec-WebSocket-Version: 13\r\n", 426),
+        ({"Sec-WebSocket-Key": None}, "", 400),
+        ({"Sec-WebSocket-Key": ""}, "", 400),
+        ({"Sec-WebSocket-Key": "short"}, "", 400),
+        ({"Sec-WebSocket-Key": base64.b64encode(bytes(15)).decode()}, "", 400),
+        ({"Sec-WebSocket-Key": "no*base64" + KEY}, "", 400),
+        ({"Sec-WebSocket-Key": "é" * 24}, "", 400),
+        ({}, f"Sec-WebSocket-Key: {KEY}\r\n", 400),
+        ({"Host": None}, "", 400),
+        ({"Host": "a b"}, "", 400),
+        ({}, "Host: localhost\r\n", 400),
+        ({}, "no colon\r\n", 400),
+    ],
+)
+def test_a_handshake_that_breaks_the_rules_is_refused(server, wires, headers, more, expected):
+    assert status(wires.dial(server).request("/echo", headers, more=more)) == expected
+
+
+def test_what_version_is_spoken_is_told(server, wires):
+    head = wires.dial(server).request("/echo", {"Sec-WebSocket-Version": "7"})
+    assert b"\r\nsec-websocket-version: 13\r\n" in head.lower()
+
+
+def test_http_1_0_is_refused(server, wires):
+    wire = wires.dial(server)
+    wire.write(
+        b"GET /echo HTTP/1.0\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + KEY.encode() + b"\r\n\r\n"
+    )
+    assert status(wire.read_head()) == 400
+
+
+@pytest.mark.parametrize("method", ["POST", "HEAD", "OPTIONS", "DELETE"])
+def test_only_get_is_a_handshake(server, wires, method):
+    wire = wires.dial(server)
+    wire.write(f"{method} /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+    assert status(wire.read_head()) == 405
+
+
+def test_where_no_namespace_is_there_is_404(server, wires):
+    assert status(wires.dial(server).request("/elsewhere")) == 404
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "null",
+        "http://localhost",
+        "http://localhost:1",
+        "https://evil.example",
+        "http://localhost.evil.example:{port}",
+        "http://evil@localhost:{port}x",
+        "file://",
+        "localhost:{port}",
+        "http://[::1",
+        "",
+        "\x80\xff",
+        "http://" + "a" * 4000,
+    ],
+)
+def test_a_page_from_elsewhere_is_refused(server, wires, origin):
+    host = {"Host": f"localhost:{server.port}"}
+    head = wires.dial(server).request("/echo", {**host, "Origin": origin.format(port=server.port)})
+    assert status(head) == 403
+
+
+def test_two_origins_are_refused(server, wires):
+    own = f"http://localhost:{server.port}"
+    headers = {"Host": f"localhost:{server.port}", "Origin": own}
+    assert status(wires.dial(server).request("/echo", headers)) == 101
+    assert status(wires.dial(server).request("/echo", headers, more=f"Origin: {own}\r\n")) == 403
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin"),
+    [
+        ("https://example.com", "https://example.com"),
+        ("https://Example.com/", "https://example.COM"),
+        ("https://*.example.com", "https://shop.example.com"),
+        ("http://[::1]:8888", "http://[::1]:8888"),
+        ("null", "null"),
+        ("*", "https://anything.example"),
+    ],
+)
+def test_an_allowed_origin_is_let_in(wires, allowed, origin):
+    with AsenaServer(Echo, port=0, allowed_origins=[allowed], options=OPTIONS) as server:
+        wires.connect(server, "/echo", {"Origin": origin}).echo()
+
+
+def test_a_refusal_leaves_the_connection_usable(server, wires):
+    wire = wires.dial(server)
+    head = wire.request("/echo", {"Sec-WebSocket-Version": "7"})
+    size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    while len(wire._received) < size:
+        wire._read_more()
+    wire._take(size)
+    assert status(wire.request("/echo")) == 101
+    wire.echo()
+
+
+# -- limits
+
+
+def test_one_socket_too_many_is_503_until_another_has_gone(wires):
+    gone = threading.Event()
+
+    @WebSocket("/small", options=OPTIONS.model_copy(update={"max_sockets": 2}))
+    class Small(Echo):
+        def on_close(self, ws):
+            gone.set()
+
+    with AsenaServer(Small, Echo, port=0, options=OPTIONS) as server:
+        first, _ = wires.connect(server, "/small"), wires.connect(server, "/small")
+        assert status(wires.dial(server).request("/small")) == 503
+        wires.connect(server, "/echo").echo()
+        first.close()
+        assert gone.wait(10)
+        wires.connect(server, "/small").echo()
+
+
+def test_headers_past_their_limit_end_the_connection(server, wires):
+    wire = wires.dial(server)
+    with pytest.raises((EOFError, ConnectionError)):
+        wire.request("/echo", {f"X-{i}": "x" * 100 for i in range(1000)})
+    wires.connect(server, "/echo").echo()
+
+
+def test_a_handshake_that_does_not_come_is_given_up(wires):
+    with AsenaServer(Echo, port=0, options=WebSocketOptions(handshake_timeout=0.2, close_timeout=0.05)) as server:
+        silent, slow = wires.dial(server), wires.dial(server)
+        slow.write(b"GET /echo HTTP/1.1\r\nHost: localhost\r\nUpg")
+        upgraded = wires.connect(server, "/echo")
+        assert silent.rest() == slow.rest() == b""
+        upgraded.echo()
+
+
+def test_middleware_that_takes_too_long_is_503(wires):
+    @WebSocket("/gated", middlewares=[Gate], options=WebSocketOptions(handshake_timeout=0.2, close_timeout=0.05))
+    class Gated(Echo):
+        pass
+
+    with AsenaServer(Gated, port=0) as server:
+        assert status(wires.dial(server).request("/gated?wait=1")) == 503
+        wires.connect(server, "/gated").echo()
+
+
+def test_a_client_that_goes_while_middleware_thinks_leaves_nothing(wires):
+    @WebSocket("/gated", middlewares=[Gate], options=WebSocketOptions(handshake_timeout=0.5, close_timeout=0.05))
+    class Gated(Echo):
+        pass
+
+    with AsenaServer(Gated, port=0) as server:
+        wire = wires.dial(server)
+        wire.sock.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            wire.request("/gated?wait=1")
+        wire.reset()
+        wires.connect(server, "/gated").echo()
+        assert len(server.namespaces["/gated"].sockets) == 1
