@@ -63,6 +63,14 @@ class RedisServer:
         except OSError:
             return None
 
+    def list(self, command: str) -> list[bytes]:
+        """The strings of an answer that is a list of them."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall(command.encode() + b"\r\n")
+            answer = connection.makefile("rb")
+            lines = [answer.readline().rstrip() for _ in range(2 * int(answer.readline()[1:]))]
+        return lines[1::2]
+
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP pauses it, SIGCONT wakes it again, SIGKILL ends it."""
         assert self._process is not None
