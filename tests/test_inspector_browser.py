@@ -66,7 +66,7 @@ async def browsing(**options: Any) -> AsyncIterator[tuple[AsenaServer, Any]]:
             page = await (await browser.new_context()).new_page()
             troubles: list[str] = []
             page.on("pageerror", lambda error: troubles.append(str(error)))
-            page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
+            page.on("console", lambda message: troubles.extend([message.text] if message.type == "error" else []))
             await page.goto(server.inspector_url)
             yield server, page
             await browser.close()

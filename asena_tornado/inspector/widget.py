@@ -56,8 +56,8 @@ class LiveView:
         return repr(self._inspector)
 
 
-class _Link:
-    """Between one widget and the server's loop."""
+class Link:
+    """Between one widget and the server's loop; with no view open, it costs nothing."""
 
     def __init__(self, view: View, widget: Any) -> None:
         self._view = view
@@ -66,6 +66,11 @@ class _Link:
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def views(self) -> int:
+        """How many displays are taken to be open."""
+        return len(self._sessions)
 
     def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:
         """A message from the front end, on one of the kernel's threads."""
@@ -175,8 +180,9 @@ def _make_widget(view: View) -> Any:
         snapshot = traitlets.Dict().tag(sync=True)
 
     widget = RoomsWidget(snapshot=view.glance())
-    widget.on_msg(_Link(view, widget).hear)
+    widget.link = Link(view, widget)
+    widget.on_msg(widget.link.hear)
     return widget
 
 
-__all__ = ["LiveView"]
+__all__ = ["Link", "LiveView"]
