@@ -120,7 +120,7 @@ def test_unknown_attributes_of_the_data_are_looked_up_in_the_values(values: Any)
         data.nmae  # noqa: B018
     assert not hasattr(data, "items")
     with pytest.raises(AttributeError):
-        data.name = "Eve"
+        data.name = "Eve"  # type: ignore[attr-defined]  # that is the point
     assert copy.copy(data) == pickle.loads(pickle.dumps(data)) == data
 
 
@@ -131,7 +131,6 @@ async def test_a_socket_knows_where_it_belongs() -> None:
         assert socket.data.name == "Ann"
         assert socket.namespace == "/x"
         assert socket.remote_address in ("127.0.0.1", "::1")
-        assert socket.ready_state is ReadyState.OPEN
         assert repr(socket) == f"<Socket {socket.id[:8]} /x open>"
         await client.close()
         assert await service.log.get() == ("close", 1000, "")
@@ -159,13 +158,12 @@ async def test_a_ping_measures_the_round_trip_and_carries_what_it_is_given() -> 
         service,
     ):
         _, socket = await enter(server, service)
-        assert socket.round_trip_time is None
         socket.ping(b"hello")
         assert await service.log.get() == ("pong", b"hello")
-        assert socket.round_trip_time is None
+        before = socket.round_trip_time
         socket.ping()
         await service.log.get()
-        assert socket.round_trip_time is not None
+        assert before is None
         assert 0 <= socket.round_trip_time < 10
         with pytest.raises(ValueError, match="at most 125 bytes"):
             socket.ping(b"x" * 126)
