@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -45,6 +46,7 @@ class PortInUseError(AsenaError, OSError):
 
     def __init__(self, message: str, *, port: int, address: str | None) -> None:
         super().__init__(message)
+        self.errno = errno.EADDRINUSE
         self.port = port
         self.address = address
 

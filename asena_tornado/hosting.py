@@ -132,7 +132,7 @@ class LoopThread:
     """A daemon thread with a loop of its own."""
 
     def __init__(self, name: str) -> None:
-        self.loop: asyncio.AbstractEventLoop
+        self.loop = new_event_loop()
         self.door: LoopDoor
         self._ready = threading.Event()
         # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
@@ -142,7 +142,6 @@ class LoopThread:
         self._ready.wait()
 
     def _run(self) -> None:
-        self.loop = new_event_loop()
         self.door = LoopDoor(self.loop)
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._ready.set)
@@ -167,7 +166,8 @@ class LoopThread:
 
     def stop(self) -> None:
         """End the loop and the thread; does not wait when called on the thread itself."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        with contextlib.suppress(RuntimeError):  # it has ended already, and its loop is closed
+            self.loop.call_soon_threadsafe(self.loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5)
 

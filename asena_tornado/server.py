@@ -16,12 +16,11 @@ import socket as sockets
 import ssl
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
 from tornado.httpserver import HTTPServer
-from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from .broker import Ulak
@@ -45,7 +44,12 @@ Hosting = Literal["thread", "kernel", "caller", "app"]
 State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
 _STOP_TIMEOUT = 10.0  # seconds
+# Seconds for the clients to answer a close before the connection ends without it; and the same when they might be
+# in the thread that waits for the stop, as in a cell, and could not.
+_PATIENCE = 1.0
+_HASTE = 0.1
 _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
+_BACKLOG = 1024  # connections that may wait to be accepted
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
@@ -84,6 +88,8 @@ class AsenaServer:
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+        if not isinstance(options, WebSocketOptions | None):
+            raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
         if max_body_size < 0:
@@ -368,9 +374,7 @@ class AsenaServer:
         if self._http is not None:
             self._http.stop()
             self._http = None
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
+        self._stop_listening()
         self._opening = None
         self._end_thread()
 
@@ -436,17 +440,23 @@ class AsenaServer:
         self._ulak.open(self._door, self._namespaces.values())
 
     def _bind(self) -> list[sockets.socket]:
-        try:
-            listeners = bind_sockets(self._wanted_port, self._address)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
+        found = sockets.getaddrinfo(self._address, 0, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)
+        addresses = sorted({(family, address) for family, _, _, _, address in found})
+        for attempt in range(5):
+            try:
+                listeners = _listeners(addresses, self._wanted_port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                if self._wanted_port == 0 and attempt < 4:
+                    continue  # the port that was free in one family was not in the other
                 raise PortInUseError(
                     f"port {self._wanted_port} on {self._address or 'every interface'} is in use by somebody else; "
                     "stop that, or choose another port (port=0 picks a free one)",
                     port=self._wanted_port,
                     address=self._address,
                 ) from error
-            raise
+            break
         self._port = listeners[0].getsockname()[1]
         return listeners
 
@@ -590,7 +600,7 @@ class AsenaServer:
         before, old._retiring = old._retiring, None
         if before is not None:
             await before
-        await _close_sockets(gone, _STOP_TIMEOUT, 1012, "this namespace is gone")
+        await _close_sockets(gone, _STOP_TIMEOUT, _PATIENCE, 1012, "this namespace is gone")
         await old._controllers.drain(asyncio.get_running_loop().time() + _STOP_TIMEOUT)
         if http is not None:
             await _close_http(http)
@@ -641,7 +651,8 @@ class AsenaServer:
         with self._lock:
             door = self._door
             if self._state in ("starting", "running", "stopping") and door is not None:
-                asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop).result()
+                patience = _PATIENCE if running_loop() is None else _HASTE
+                asyncio.run_coroutine_threadsafe(self._aclose(timeout, patience), door.loop).result()
             self._end_thread()
 
     async def aclose(self, *, timeout: float = _STOP_TIMEOUT) -> None:
@@ -654,7 +665,10 @@ class AsenaServer:
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
             self._end_thread()
             return
-        self._close_soon(timeout)
+        await self._aclose(timeout, _PATIENCE)
+
+    async def _aclose(self, timeout: float, patience: float) -> None:
+        self._close_soon(timeout, patience)
         # A handler that waited here would wait for its own end.
         if not self._in_handler() and self._closing is not None:
             await asyncio.shield(self._closing)
@@ -664,10 +678,10 @@ class AsenaServer:
         owner = serving.get()
         return owner is self or owner in self._namespaces.values()
 
-    def _close_soon(self, timeout: float = _STOP_TIMEOUT) -> None:
+    def _close_soon(self, timeout: float, patience: float = _PATIENCE) -> None:
         if self._closing is None and self._state in ("starting", "running"):
             loop = asyncio.get_running_loop()
-            self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout)))
+            self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout, patience)))
 
     def _end_thread(self) -> None:
         thread = self._thread
@@ -676,7 +690,12 @@ class AsenaServer:
             if not thread.current:
                 self._thread = None
 
-    async def _close(self, timeout: float) -> None:
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+
+    async def _close(self, timeout: float, patience: float) -> None:
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
             await asyncio.wait([self._opening])
@@ -690,7 +709,8 @@ class AsenaServer:
             if self._http is not None:
                 self._http.stop()
             deadline = asyncio.get_running_loop().time() + timeout
-            await _close_sockets(list(self._namespaces.values()), timeout, 1001, "the server is stopping")
+            everywhere = list(self._namespaces.values())
+            await _close_sockets(everywhere, timeout, patience, 1001, "the server is stopping")
             await self._controllers.drain(deadline)
             if self._http is not None:
                 await _close_http(self._http)
@@ -702,8 +722,8 @@ class AsenaServer:
             for namespace in self._namespaces.values():
                 namespace.events.end()
             self._ulak.close("the server has stopped: call server.start() again")
+            self._stop_listening()
             self._http = None
-            self._listeners = []
             self._opening = self._closing = self._retiring = None
             self._state = "stopped"
             self._stopped.set()
@@ -713,7 +733,13 @@ class AsenaServer:
 
     # -- working with it
 
-    def call(self, work: Callable[[], R | Awaitable[R]] | Awaitable[R], *, timeout: float | None = 30.0) -> R:
+    @overload
+    def call(self, work: Awaitable[R], *, timeout: float | None = 30.0) -> R: ...
+    @overload
+    def call(self, work: Callable[[], Coroutine[Any, Any, R]], *, timeout: float | None = 30.0) -> R: ...
+    @overload
+    def call(self, work: Callable[[], R], *, timeout: float | None = 30.0) -> R: ...
+    def call(self, work: Callable[[], Any] | Awaitable[Any], *, timeout: float | None = 30.0) -> Any:
         """Run a function or coroutine on the server's loop and return its result, from any other thread.
 
         Raises what it raises, and ``TimeoutError`` after ``timeout`` seconds; an interrupted wait cancels it.
@@ -722,13 +748,13 @@ class AsenaServer:
         try:
             door = self._open_door()
             if not door.inside():
-                return door.call(function, timeout=timeout)  # type: ignore[no-any-return]
+                return door.call(function, timeout=timeout)
             if self._hosting == "thread" or self._in_handler():
                 raise ServerStateError("this is the server's own loop already: call the function, or await it")
             result = function()
             if isinstance(result, Awaitable):
-                return run_nested(door.loop, result, "await it instead")  # type: ignore[no-any-return]
-            return result  # type: ignore[no-any-return]
+                return run_nested(door.loop, result, "await it instead")
+            return result
         finally:
             # A coroutine that never began would be complained about where it is collected, far from the error.
             if inspect.iscoroutine(work) and inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
@@ -784,7 +810,33 @@ class AsenaServer:
         return f"<div>{html.escape(repr(self))}{table}{f'<small>{html.escape(note)}</small>' if note else ''}</div>"
 
 
-async def _close_sockets(namespaces: Sequence[Namespace], timeout: float, code: int, reason: str) -> None:
+def _listeners(addresses: Sequence[tuple[sockets.AddressFamily, Any]], port: int) -> list[sockets.socket]:
+    """A listening socket per address, all on one port; all or none."""
+    made: list[sockets.socket] = []
+    try:
+        for family, (host, _, *more) in addresses:
+            try:
+                listener = sockets.create_server((host, port, *more), family=family, backlog=_BACKLOG)
+            except OSError as error:
+                # What localhost stands for need not exist: ::1 where IPv6 is off.
+                if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
+                    continue
+                raise
+            listener.setblocking(False)
+            made.append(listener)
+            port = listener.getsockname()[1]
+        if not made:
+            raise OSError(errno.EADDRNOTAVAIL, f"none of {addresses} exists on this machine")
+    except BaseException:
+        for listener in made:
+            listener.close()
+        raise
+    return made
+
+
+async def _close_sockets(
+    namespaces: Sequence[Namespace], timeout: float, patience: float, code: int, reason: str
+) -> None:
     """Close every socket and wait until each ``on_close`` has run; after ``timeout`` seconds cut them off."""
     gone = asyncio.Event()
 
@@ -794,10 +846,10 @@ async def _close_sockets(namespaces: Sequence[Namespace], timeout: float, code: 
 
     look()
     for namespace in namespaces:
-        everyone = list(namespace.sockets.values())
+        everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):
             for socket in everyone[i : i + _CLOSE_BATCH]:
-                socket._connection.close(code, reason)
+                socket._connection.close(code, reason, patience=patience)
             await asyncio.sleep(0)
         namespace.when_empty(look)
     try:

@@ -324,14 +324,18 @@ class Connection:
 
     # -- closing
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begin the close handshake; the client has ``close_timeout`` seconds to answer."""
+    def close(self, code: int = 1000, reason: str = "", *, patience: float | None = None) -> None:
+        """Begin the close handshake; the client has ``patience`` (by default ``close_timeout``) seconds to answer."""
         if self.state is not ReadyState.OPEN:
+            if self.state is ReadyState.CLOSING and patience is not None:
+                self._set_close_timer(patience)
             return
         self._code, self._reason = code, reason
         self._inbox.clear()
         self._inbox_size = 0
         self._send_close(code.to_bytes(2, "big") + reason.encode())
+        if patience is not None:
+            self._set_close_timer(patience)
         # Whatever was held back is no longer wanted, but the client's close frame is.
         self._release()
 
@@ -378,7 +382,14 @@ class Connection:
             return
         if self._close_timer is not None:
             self._close_timer.cancel()
-        self._close_timer = self._loop.call_later(seconds, self.channel.abort)
+        self._close_timer = self._loop.call_later(seconds, self._unanswered)
+
+    def _unanswered(self) -> None:
+        """The client has not answered in time. If it has been sent everything, it may still read it."""
+        if self.channel.waiting:
+            self.channel.abort()
+        else:
+            self.channel.finish()
 
     def _leave(self) -> None:
         """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
