@@ -44,7 +44,7 @@ AIMS: list[tuple[str, str, float]] = [
     ("echo-16", "picows", 1.0),
     ("echo-1", "tornado", 4.0),
     ("handshakes", "tornado", 1.5),
-    *(("memory", peer, 1.0) for peer in PEERS if peer not in (OURS, "bun")),
+    *(("memory", peer, 1.0) for peer in PEERS if peer != "bun" and not peer.startswith(OURS)),
 ]
 
 
@@ -297,7 +297,9 @@ class Report:
         for panel, case in zip(axes.flat, self.cases, strict=False):
             peers = self.peers(case)
             values = [self.values(case.name, peer) for peer in peers]
-            colours = ["#d1495b" if peer == OURS else "#30638e" if peer == BASELINE else "#a9b4c2" for peer in peers]
+            colours = [
+                "#d1495b" if peer.startswith(OURS) else "#30638e" if peer == BASELINE else "#a9b4c2" for peer in peers
+            ]
             spread = [[m - low for m, low, _ in values], [high - m for m, _, high in values]]
             panel.barh(peers, [m for m, _, _ in values], color=colours, xerr=spread, ecolor="#444444")
             for position, (middle, _, most) in enumerate(values):
@@ -413,7 +415,7 @@ def main() -> None:
             if m.result is not None:
                 said = f"{number(m.result.value)} {CASES[m.case].unit}, generator {m.result.generator_cpu:.0%}"
                 said += " (the limit)" * m.result.generator_bound
-            print(f"{m.round + 1}/{options.rounds} {m.case:18} {m.peer:16} {said}", flush=True)
+            print(f"{m.round + 1}/{options.rounds} {m.case:18} {m.peer:20} {said}", flush=True)
         if options.profile and PEERS[OURS] in peers:
             for case in cases:
                 if case.unit in ("KiB", "µs"):  # not a matter of where the time goes

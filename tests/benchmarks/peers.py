@@ -5,7 +5,8 @@
 `/room` passes a message on to all who are connected there, `/chat` to all but its sender, `/echo` to its
 sender alone; who is in the room is told so with one message. Every server that can speaks permessage-deflate
 to a client that asks for it. Tornado, websockets and aiohttp run on asyncio's own loop, picows and uvicorn on
-uvloop. All other settings are the defaults, and those that differ say why.
+uvloop. Servers ping as often as they do by default, but none gives up on a client that answers late, as the
+generator does while it opens 10,000 connections. All other settings are the defaults; those that differ say why.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ def asena_tornado(port: int) -> None:
     AsenaServer(*asena_services(), port=port).run()
 
 
+def asena_tornado_uvloop(port: int) -> None:
+    import uvloop
+
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    asena_tornado(port)
+
+
 def asena_services() -> list[type]:
     from asena_tornado import AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
 
-    deflate = WebSocketOptions(compression=True)
+    options = WebSocketOptions(compression=True, ping_timeout=None)
 
-    @WebSocket("/room", options=deflate)
+    @WebSocket("/room", options=options)
     class Room(AsenaWebSocketService):
         def on_open(self, ws: Socket) -> None:
             ws.subscribe("everyone")
@@ -50,7 +58,7 @@ def asena_services() -> list[type]:
         def on_message(self, ws: Socket, message: bytes) -> None:
             self.to("everyone", message)
 
-    @WebSocket("/chat", options=deflate)
+    @WebSocket("/chat", options=options)
     class Chat(AsenaWebSocketService):
         def on_open(self, ws: Socket) -> None:
             ws.subscribe("everyone")
@@ -59,7 +67,7 @@ def asena_services() -> list[type]:
         def on_message(self, ws: Socket, message: bytes) -> None:
             ws.publish("everyone", message)
 
-    @WebSocket("/echo", options=deflate)
+    @WebSocket("/echo", options=options)
     class Echo(AsenaWebSocketService):
         def on_message(self, ws: Socket, message: bytes) -> None:
             ws.send(message)
@@ -148,7 +156,7 @@ def socketio_server(async_mode: str) -> Any:
     """The three services as events. Socket.IO tells a client that it is connected, so none says ready."""
     import socketio
 
-    server = socketio.AsyncServer(async_mode=async_mode)
+    server = socketio.AsyncServer(async_mode=async_mode, ping_timeout=LIFETIME)
 
     @server.on("connect")
     async def connect(sid: str, environ: dict[str, Any]) -> None:
@@ -190,7 +198,8 @@ def socketio_asgi(port: int) -> None:
     import socketio
     import uvicorn
 
-    uvicorn.run(socketio.ASGIApp(socketio_server("asgi")), host=HOST, port=port, log_level="warning")
+    app = socketio.ASGIApp(socketio_server("asgi"))
+    uvicorn.run(app, host=HOST, port=port, log_level="warning", ws_ping_timeout=None)
 
 
 def websockets(port: int) -> None:
@@ -214,7 +223,7 @@ def websockets(port: int) -> None:
             members.discard(ws)
 
     async def main() -> None:
-        async with serve(service, HOST, port) as server:
+        async with serve(service, HOST, port, ping_timeout=None) as server:
             await server.serve_forever()
 
     asyncio.run(main())
@@ -282,7 +291,7 @@ def starlette(port: int) -> None:
     app = Starlette(
         routes=[WebSocketRoute("/room", room), WebSocketRoute("/chat", room), WebSocketRoute("/echo", echo)]
     )
-    uvicorn.run(app, host=HOST, port=port, log_level="warning")
+    uvicorn.run(app, host=HOST, port=port, log_level="warning", ws_ping_timeout=None)
 
 
 def picows(port: int) -> None:
@@ -380,6 +389,7 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in [
         Peer("asena_tornado", asena_tornado, ("asena_tornado", "tornado")),
+        Peer("asena_tornado-uvloop", asena_tornado_uvloop, ("asena_tornado", "tornado", "uvloop")),
         Peer("bun", bun, ()),
         Peer("picows", picows, ("picows", "uvloop"), without={"fanout-deflate": "has no compression"}),
         Peer("websockets", websockets, ("websockets",)),

@@ -1,0 +1,87 @@
+"""What recording events costs on the way of a message: without the test for it, with nobody looking, and watched.
+
+Run it: ``python tests/benchmarks/events.py``. Prints nanoseconds per call, the best of several rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
+from asena_tornado.connection import connection
+from asena_tornado.messages import encode
+from asena_tornado.namespace import Namespace
+
+CALLS, ROUNDS = 20_000, 15
+
+
+@WebSocket("/chat")
+class Chat(AsenaWebSocketService):
+    def on_message(self, ws: Any, message: str) -> None:
+        pass
+
+
+def without_test(function: Any) -> Any:
+    """The same function without its two lines that record events."""
+    source = textwrap.dedent(inspect.getsource(function))
+    bare = re.sub(r"^ *if self\.(_events|events)\.watched:\n.*\n", "", source, flags=re.MULTILINE)
+    assert bare != source
+    names: dict[str, Any] = {}
+    exec(bare, function.__globals__, names)
+    return names[function.__name__]
+
+
+def best(call: Callable[[], object], after: Callable[[], object]) -> float:
+    found = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found.append(time.perf_counter() - start)
+        after()
+    return min(found) / CALLS * 1e9
+
+
+async def main() -> None:
+    async with AsenaServer(Chat, port=0) as server, await connect(server.url("/chat")):
+        namespace = server.namespaces["/chat"]
+        [socket] = namespace.sockets.values()
+        line = socket._connection
+        message = encode("x" * 64)
+        text = "x" * 64
+
+        def forget() -> None:
+            line._inbox.clear()
+            line._inbox_size = 0
+            line._parser.held = False
+            line.owed, line.owed_size, line.owed_count = None, 0, 0
+            server._outbox._open, server._outbox._dirty = None, []  # type: ignore[union-attr]  # it runs
+
+        ways: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
+            "receive": (connection.Connection.message_received, (text,), line),
+            "send to one": (connection.Connection.send, (message,), line),
+            "send to a room": (Namespace._deliver, (None, message, None), namespace),
+        }
+        line._limit = 1 << 60
+        for name, (method, arguments, owner) in ways.items():
+            bare = without_test(method)
+            namespace.events.watched = False
+            times = [
+                best(lambda bare=bare, owner=owner, a=arguments: bare(owner, *a), forget),
+                best(lambda method=method, owner=owner, a=arguments: method(owner, *a), forget),
+            ]
+            namespace.events.watch(60)
+            times.append(best(lambda method=method, owner=owner, a=arguments: method(owner, *a), forget))
+            print(
+                f"{name:15} without {times[0]:5.0f} ns   nobody looks {times[1]:5.0f} ns   watched {times[2]:5.0f} ns"
+            )
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
