@@ -16,7 +16,19 @@ from typing import Literal, NamedTuple
 from .messages import Message
 
 EventKind = Literal[
-    "connected", "closed", "joined", "left", "received", "sent", "refused", "error", "dropped", "replaced"
+    "connected",
+    "closed",
+    "joined",
+    "left",
+    "received",
+    "sent",
+    "refused",
+    "error",
+    "dropped",
+    "replaced",
+    "gap",
+    "away",
+    "back",
 ]
 
 # Of one namespace. Past this, looking at the traffic would slow it down; what is left out is counted.
@@ -31,7 +43,8 @@ class Event(NamedTuple):
 
     ``kind``: "connected", "closed", "joined", "left", "received" (a message from a client), "sent" (a message to
     ``sockets`` clients), "refused" (a handshake), "error" (of a handler, or a message it cannot take), "dropped"
-    (a client got too slow for its messages), "replaced" (new code took over).
+    (a client got too slow for its messages), "replaced" (new code took over), "gap" (messages of another node got
+    lost), "away" and "back" (the other nodes cannot be reached, and can again).
     ``socket``: an id, or None when it is about no single one. ``rooms``: those concerned; of a closed socket, those
     it was in. ``code``: of the close, or the HTTP status of a refusal. ``size``: bytes of the message.
     ``detail``: a reason, an error, or the beginning of the message.

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,8 @@ from asena_tornado import (
     Client,
     ConnectionClosed,
     RoomNameError,
+    ServerStateError,
+    SocketNotFoundError,
     UlakError,
     UlakErrorCode,
     WebSocket,
@@ -353,6 +356,60 @@ async def test_a_socket_of_another_node_can_be_moved_and_closed(make: Make) -> N
         assert await a.cluster.disconnect(None, bob_id) is None
 
 
+async def test_the_inspector_sees_and_moves_sockets_of_every_node(make: Make) -> None:
+    async with cluster_of(make, 2, Chat, News) as (a, b):
+        _, ann_id = await join(a, "x")
+        bob, bob_id = await join(b, "x", "y")
+        await join(b, "x", path="/news")
+        view = a.inspector["/chat"].cluster
+        sockets = await view.sockets()
+        assert {id: (socket.node, socket.rooms) for id, socket in sockets.items()} == {
+            ann_id: (a.cluster.nodes[0].id, ("x",)),
+            bob_id: (b.cluster.nodes[0].id, ("x", "y")),
+        }
+        assert isinstance(sockets[bob_id].connected_since, datetime)
+        rooms = await a.inspector.cluster.rooms()
+        assert {room: len(members) for room, members in rooms.items()} == {"/chat x": 2, "y": 1, "/news x": 1}
+        assert await view.count_sockets() == 2
+        assert await a.inspector.cluster.count_sockets() == 3
+        assert (await view.send(bob_id[:12], "1")).sockets == 1
+        assert repr(await view.join(sockets[bob_id], "z")) == f"{bob_id[:8]} joined 'z'"
+        assert (await view.join(bob_id, "z")).sockets == 0
+        assert (await view.leave(bob_id, "z")).sockets == 1
+        assert await received(a, bob) == [["1"]]
+        await view.disconnect(bob_id, 4000, "enough")
+        with pytest.raises(ConnectionClosed, match="4000"):
+            await bob.recv()
+        with pytest.raises(SocketNotFoundError):
+            await view.send(bob_id, "2")
+        with pytest.raises(SocketNotFoundError):
+            await view.send("abc", "2")
+
+
+async def test_the_inspector_can_be_asked_about_the_cluster_from_another_loop(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        await join(a, "x")
+        await join(b, "x")
+        assert len(await asyncio.to_thread(asyncio.run, a.inspector.cluster.sockets())) == 2
+
+
+async def test_the_cluster_shows_itself(make: Make) -> None:
+    async with cluster_of(make) as (a, b):
+        await join(b, "x")
+        await until(lambda: "/chat 1" in repr(a.inspector.cluster))
+        assert "this node and 1 other" in repr(a.inspector.cluster)
+        assert "<table>" in a.inspector.cluster._repr_html_()
+        assert repr(a.inspector.to("x", "1")) == "sent to 0 sockets in room 'x' of /chat, and to the other nodes"
+
+
+async def test_a_server_that_is_alone_says_how_to_have_a_cluster() -> None:
+    async with AsenaServer(Chat, port=0) as server:
+        assert repr(server.inspector.cluster) == "<no cluster: the server is alone>"
+        with pytest.raises(ServerStateError, match="transport=RedisTransport"):
+            await server.inspector.cluster.sockets()
+        assert repr(server.inspector.to("x", "1")) == "sent to nobody: there are no sockets in room 'x' of /chat"
+
+
 # -- who is there
 
 
@@ -425,6 +482,7 @@ async def test_a_lost_message_is_reported_when_the_next_one_comes(make: Make) ->
         chat(a).to("x", "4")
         async with asyncio.timeout(10):
             assert await gaps.get() == Gap(a.cluster.nodes[0].id, "/chat", "x", 2)
+        assert [event.rooms for event in b.inspector.events() if event.kind == "gap"] == [("x",)]
         assert await received(a, bob) == [["1", "4"]]
         assert b.cluster.missed == 2
 

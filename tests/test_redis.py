@@ -279,7 +279,8 @@ async def test_redis_may_come_after_the_servers(redis_server: RedisServer, prefi
             ann, bob = await join(a, "x"), await join(b, "x")
             receipt = to(a, "x", "1")
             assert (receipt, receipt.carried) == (1, False)
-            assert await ann.recv() == "1"
+            assert "but to no other node" in repr(a.inspector.to("x", "2"))
+            assert [await ann.recv(), await ann.recv()] == ["1", "2"]
             with pytest.raises(TransportError, match="not reachable"):
                 await a.cluster.transport.sync()
             with pytest.raises(UlakError, match="not ready") as caught:
@@ -322,6 +323,8 @@ async def test_a_restart_of_redis_interrupts_and_every_loss_is_counted(
         assert [await ann.recv() for _ in range(9)] == ["1", *["lost"] * 7, "2"]
         assert [(gap.room, gap.missed) for gap in gaps] == [("x", 7)]
         assert b.cluster.missed == 7
+        kinds = [event.kind for event in b.inspector.events() if event.kind in ("gap", "away", "back")]
+        assert kinds == ["away", "back", "gap"]
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import NamespaceNotFoundError, ServerStateError
 from ..events import Event, Tap
 from ..messages import Message, encode
-from ..namespace import Exclude, Namespace, normalize_path
+from ..namespace import Addressed, Exclude, Namespace, normalize_path
 from ..rooms import check_room
 from ..sockets import Socket
 from . import markup
+from .nodes import ClusterInspector
 from .snapshots import (
     Events,
     Namespaces,
@@ -84,6 +85,11 @@ class Inspector:
                     (namespace.path, room, [seen.get(s) or seen.setdefault(s, SocketSnapshot.of(s)) for s in members])
                 )
         return Rooms(found)
+
+    @property
+    def cluster(self) -> ClusterInspector:
+        """The same for all nodes together, awaitable, where the server has a transport."""
+        return ClusterInspector(self._server, self._path)
 
     def events(
         self, n: int = 50, *, namespace: str | None = None, room: str | None = None, socket: str | None = None
@@ -325,13 +331,16 @@ def _receipt(namespace: Namespace, send: Callable[[], int], where: str, *, addre
     number = send()
     outbox.flush()
     dropped = namespace.dropped - before
+    elsewhere = ""
+    if isinstance(number, Addressed):
+        elsewhere = ", and to the other nodes" if number.carried else ", but to no other node: the transport is away"
     number = number - dropped if addressed is None else number
-    if number == 0 and not dropped:
+    if number == 0 and not dropped and not elsewhere:
         return Receipt(0, f"sent to nobody: there are no sockets in {where}")
     slow = f"; {count(dropped, 'socket')} too slow to take it" if dropped else ""
     if addressed == 1:
         return Receipt(number, f"{'sent' if number else 'not sent'} to {where}{slow}", dropped)
-    return Receipt(number, f"sent to {count(number, 'socket')} in {where}{slow}", dropped)
+    return Receipt(number, f"sent to {count(number, 'socket')} in {where}{elsewhere}{slow}", dropped)
 
 
 def _filter(room: str | None, socket: str | None) -> Callable[[Event], bool]:

@@ -303,12 +303,22 @@ class Cluster:
 
     def ready_changed(self, ready: bool, reason: str) -> None:
         """Back again: ask everybody how far they have come, which shows what was missed."""
-        if ready and self._task is not None:
+        if self._task is None:
+            return  # not begun yet, or ended
+        for namespace in self._namespaces.values():
+            namespace.events.record("back" if ready else "away", detail=reason)
+        if ready:
             self._beat(hello=True)
 
     def _gap(self, node: bytes, channel: str, missed: int) -> None:
         self.missed += missed
         path, _, room = channel.partition("#")
+        if path in self._namespaces:
+            self._namespaces[path].events.record(
+                "gap",
+                rooms=(room,) if room else (),
+                detail=f"{missed} message(s) of node {node.hex()[:8]} did not come",
+            )
         gap = Gap(node.hex(), path, room or None, missed)
         self._warn("%s message(s) of node %s to %r did not arrive", missed, gap.node[:8], channel)
         if self.on_gap is not None:
@@ -430,7 +440,10 @@ class Cluster:
             total += number
         for node, (reply, body) in (await self._ask("sockets", path=path, limit=limit, timeout=timeout)).items():
             total += reply.total
-            found += [(node.hex(), each) for each in (from_json(body) if body else ())]
+            try:
+                found += [(node.hex(), each) for each in (from_json(body) if body else ())]
+            except (ValueError, TypeError):
+                self.rejected += 1
         return found, total
 
     async def locate(self, path: str | None, socket_id: str, *, timeout: float = 2.0) -> str | None:

@@ -1,0 +1,159 @@
+"""The inspector's view of the whole cluster: which node holds which socket, and ways to act on any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import ServerStateError, SocketNotFoundError
+from ..messages import encode
+from ..rooms import check_room
+from ..transports import Cluster, Node
+from . import markup
+from .snapshots import Receipt, Rooms, Sockets, SocketSnapshot, count
+
+if TYPE_CHECKING:
+    from ..server import AsenaServer
+
+R = TypeVar("R")
+
+_LIMIT = 1000  # sockets of one node that are listed
+_ID_LENGTH = 36  # a whole id; shorter is the beginning of one
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class NodeSocket(SocketSnapshot):
+    """A socket as it was, and the id of the ``node`` that holds it."""
+
+    node: str
+
+
+_NODE_SOCKET = TypeAdapter(NodeSocket)
+
+
+class Nodes(tuple[Node, ...]):
+    """The nodes of the cluster, this one first."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join([f"<{count(len(self), 'node')}>", *[f"  {node!r}" for node in self]])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                node.id[:8],
+                node.name + (" (this one)" if node.local else ""),
+                ", ".join(f"{path}: {number}" for path, number in node.sockets.items()),
+                "" if node.local else f"{node.seen:.1f} s ago",
+            )
+            for node in self
+        ]
+        return markup.box(markup.table(("node", "process", "sockets", "heard"), rows))
+
+
+class ClusterInspector:
+    """Looks into the sockets and rooms of all nodes and acts on them; ``inspector.cluster``.
+
+    What asks the other nodes is awaitable, on any loop. A node that does not answer within two seconds is left out;
+    one that has died is gone from `nodes` three seconds later.
+    """
+
+    def __init__(self, server: AsenaServer, path: str | None) -> None:
+        self._server = server
+        self._path = path
+
+    @property
+    def ready(self) -> bool:
+        """Whether the other nodes can be reached."""
+        return self._cluster.ready
+
+    @property
+    def nodes(self) -> Nodes:
+        """The nodes that are there, with how many sockets they had at their last sign of life."""
+        return Nodes(self._cluster.nodes)
+
+    async def sockets(self) -> Sockets:
+        """Id to `NodeSocket` (a `SocketSnapshot` with its ``node``), at most 1000 of each node."""
+        found, _ = await self._ask(lambda cluster: cluster.sockets(self._path, limit=_LIMIT))
+        snapshots: list[SocketSnapshot] = []
+        for node, described in found:
+            try:
+                snapshots.append(_NODE_SOCKET.validate_python({**described, "node": node}))
+            except (ValidationError, TypeError):
+                # A node of another version: its socket cannot be shown, the others can.
+                self._cluster.rejected += 1
+        return Sockets(snapshots, f"{self._path or 'the servers'} on all nodes")
+
+    async def rooms(self) -> Rooms:
+        """Room to the `Sockets` in it, on all nodes."""
+        rooms: dict[tuple[str, str], list[SocketSnapshot]] = {}
+        for socket in (await self.sockets()).values():
+            for room in socket.rooms:
+                rooms.setdefault((socket.namespace, room), []).append(socket)
+        return Rooms((path, room, members) for (path, room), members in rooms.items())
+
+    async def count_sockets(self) -> int:
+        """How many sockets there are on all nodes."""
+        return await self._ask(lambda cluster: cluster.count_sockets(self._path))
+
+    async def send(self, id: str | SocketSnapshot, data: object) -> Receipt:
+        """Send to one socket, wherever it is."""
+        message = encode(data)
+        taken, short = await self._act(id, lambda cluster, whole: cluster.send(self._path, whole, message))
+        return Receipt(1, f"sent to {short}") if taken else Receipt(0, f"{short} is too slow to take it", 1)
+
+    async def join(self, id: str | SocketSnapshot, room: str) -> Receipt:
+        """Put the socket into the room."""
+        check_room(room)
+        done, short = await self._act(id, lambda cluster, whole: cluster.move(self._path, whole, room, into=True))
+        return Receipt(1, f"{short} joined {room!r}") if done else Receipt(0, f"{short} was in {room!r} already")
+
+    async def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
+        """Take the socket out of the room."""
+        check_room(room)
+        done, short = await self._act(id, lambda cluster, whole: cluster.move(self._path, whole, room, into=False))
+        return Receipt(1, f"{short} left {room!r}") if done else Receipt(0, f"{short} was not in {room!r}")
+
+    async def disconnect(self, id: str | SocketSnapshot, code: int = 1000, reason: str = "") -> Receipt:
+        """Close the socket; ``code`` and ``reason`` as for `Socket.close`."""
+        _, short = await self._act(id, lambda cluster, whole: cluster.disconnect(self._path, whole, code, reason))
+        return Receipt(1, f"{short} is being closed with {code}{f': {reason}' if reason else ''}")
+
+    async def _act(
+        self, id: str | SocketSnapshot, act: Callable[[Cluster, str], Awaitable[bool | None]]
+    ) -> tuple[bool, str]:
+        wanted = id if isinstance(id, str) else id.id
+        if len(wanted) < _ID_LENGTH:
+            wanted = (await self.sockets())[wanted].id
+        done = await self._ask(lambda cluster: act(cluster, wanted))
+        if done is None:
+            raise SocketNotFoundError(f"no socket's id is {wanted!r}, on any node")
+        return done, wanted[:8]
+
+    async def _ask(self, work: Callable[[Cluster], Awaitable[R]]) -> R:
+        cluster = self._cluster
+        return await self._server._open_door().acall(lambda: work(cluster))
+
+    @property
+    def _cluster(self) -> Cluster:
+        cluster = self._server.cluster
+        if cluster is None:
+            self._server._open_door()
+            raise ServerStateError('this server is alone: AsenaServer(…, transport=RedisTransport("redis://…"))')
+        return cluster
+
+    def __repr__(self) -> str:
+        cluster = self._server.cluster
+        return "<no cluster: the server is alone>" if cluster is None else f"{cluster!r}\n{self.nodes!r}"
+
+    def _repr_html_(self) -> str:
+        if self._server.cluster is None:
+            return markup.box(f"<p>{markup.text(repr(self))}</p>")
+        return markup.box(f"<p>{markup.text(repr(self._cluster))}</p>", self.nodes._repr_html_())
+
+
+__all__ = ["ClusterInspector", "NodeSocket", "Nodes"]
