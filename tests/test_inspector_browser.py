@@ -9,6 +9,10 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
 from websockets.asyncio.client import ClientConnection, connect
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket
@@ -158,6 +162,49 @@ async def test_the_token_leaves_the_address_bar_and_a_reload_keeps_the_page_open
         await third.get_by_label("Token").fill(server.inspector_url.partition("token=")[2])
         await third.get_by_role("button", name="Open").click()
         await third.get_by_text("Nobody is connected.").wait_for()
+
+
+class Proxy(RequestHandler):
+    """Hands on what is behind its prefix, as jupyter-server-proxy does."""
+
+    def initialize(self, port: int) -> None:
+        self._port = port
+
+    async def _hand_on(self, path: str) -> None:
+        request = HTTPRequest(
+            f"http://localhost:{self._port}/{path}?{self.request.query}",
+            method=self.request.method or "GET",
+            headers={name: value for name, value in self.request.headers.get_all() if name != "Host"},
+            body=self.request.body or None,
+            decompress_response=False,
+        )
+        response = await AsyncHTTPClient().fetch(request, raise_error=False)
+        self.set_status(response.code)
+        for name in ("Content-Type", "Content-Security-Policy"):
+            if name in response.headers:
+                self.set_header(name, response.headers[name])
+        self.finish(response.body)
+
+    get = post = _hand_on
+
+    def check_xsrf_cookie(self) -> None:
+        pass
+
+
+async def test_the_page_works_behind_a_path_prefix() -> None:
+    async with browsing() as (server, page):
+        proxy = HTTPServer(Application([(r"/user/ann/proxy/1234/(.*)", Proxy, {"port": server.port})]))
+        listener, port = bind_unused_port()
+        proxy.add_socket(listener)
+        token = server.inspector_url.partition("?")[2]
+        await page.goto(f"http://127.0.0.1:{port}/user/ann/proxy/1234/inspector?{token}")
+        ann = await welcomed(server, "username=Ann")
+        await page.get_by_role("row", name="username: Ann").wait_for()
+        await page.get_by_label("Send to everybody in /chat").fill("hello")
+        await page.get_by_role("button", name="Send").click()
+        assert await ann.recv() == "hello"
+        await ann.close()
+        proxy.stop()
 
 
 async def test_a_read_only_page_has_nothing_to_press_that_acts() -> None:

@@ -62,6 +62,7 @@ function render({ model, el }) {
   const look = { namespace: null, room: null, socket: null, search: "", offset: 0, limit: 50, since: 0, messages: true };
   let answer = null;
   let rates = new Map(); // id → what it had received and sent when
+  let notBefore = 0; // a costly answer is not asked for every second
   let askedAt = 0; // of the look that is not answered yet
   let onScreen = true;
   let changed = false; // what is looked at has changed: the answer under way is of no use
@@ -150,13 +151,14 @@ function render({ model, el }) {
 
   function ask() {
     const now = Date.now();
-    if (!visible() || (askedAt && now - askedAt < PATIENCE)) return;
+    if (!visible() || now < notBefore || (askedAt && now - askedAt < PATIENCE)) return;
     askedAt = now;
     send({ do: "look", ...look });
   }
 
   function change(what) {
     Object.assign(look, what);
+    notBefore = 0;
     const story = ["namespace", "room", "socket", "messages"].some((name) => name in what);
     if (story) {
       look.since = 0;
@@ -177,6 +179,7 @@ function render({ model, el }) {
     if (message.to !== "look" && !message.pushed) {
       receipt.classList.toggle("error", Boolean(message.error));
       setText(receipt, message.error ?? message.receipt ?? "");
+      notBefore = 0;
       ask();
       return;
     }
@@ -195,6 +198,7 @@ function render({ model, el }) {
       setText(state, message.error ?? "not running");
       return;
     }
+    notBefore = Date.now() + 1000 * (message.again ?? 0) - PERIOD / 2;
     remember(message);
     answer = message;
     look.offset = message.offset;

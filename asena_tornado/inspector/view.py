@@ -31,7 +31,8 @@ _SOCKETS = 100
 _EVENTS = 100
 _CHIPS = 20  # rooms of one socket
 _NAME = 300  # characters of a room that clients gave an endless name
-_CHUNK = 500  # sockets that are searched before others get their turn
+_CHUNK = 200  # sockets that are searched before others get their turn
+_SHARE = 0.05  # of the loop's time that one view may cost: after a costly answer it is to ask later
 _WATCH = 5.0  # seconds that messages are recorded after a view asked
 
 
@@ -121,8 +122,10 @@ class View:
             inspector = self._inspector()
             if isinstance(ask, Look):
                 inspector._server._open_door()
+                started = time.perf_counter()
                 sockets = _everybody(inspector, ask)
-                return self._look(inspector, ask, await _search(sockets, ask) if ask.search else sockets)
+                answer = self._look(inspector, ask, await _search(sockets, ask) if ask.search else sockets)
+                return {**answer, "again": (time.perf_counter() - started) / _SHARE}
             if self._read_only:
                 return {"error": "this view is read-only"}
             return {"receipt": repr(_act(inspector, ask))}

@@ -11,6 +11,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
@@ -70,17 +71,14 @@ async def main() -> None:
         }
         line._limit = 1 << 60
         for name, (method, arguments, owner) in ways.items():
-            bare = without_test(method)
+            bare = partial(without_test(method), owner, *arguments)
+            real = partial(method, owner, *arguments)
             namespace.events.watched = False
-            times = [
-                best(lambda bare=bare, owner=owner, a=arguments: bare(owner, *a), forget),
-                best(lambda method=method, owner=owner, a=arguments: method(owner, *a), forget),
-            ]
+            times = [best(bare, forget), best(real, forget)]
             namespace.events.watch(60)
-            times.append(best(lambda method=method, owner=owner, a=arguments: method(owner, *a), forget))
-            print(
-                f"{name:15} without {times[0]:5.0f} ns   nobody looks {times[1]:5.0f} ns   watched {times[2]:5.0f} ns"
-            )
+            times.append(best(real, forget))
+            labels = zip(("without", "nobody looks", "watched"), times, strict=True)
+            print(f"{name:15}", "   ".join(f"{label} {each:5.0f} ns" for label, each in labels))
 
 
 if __name__ == "__main__":
