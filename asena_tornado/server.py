@@ -331,7 +331,9 @@ class AsenaServer:
         stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
         """
         app.add_handlers(r".*", self.routes())
-        if running_loop() is not None and self._state not in ("starting", "running"):
+        if self._state == "stopped":
+            self._state = "new"
+        if running_loop() is not None and self._state == "new":
             self._begin("app")
             in_empty_context(self._open_in_background)
         return self
