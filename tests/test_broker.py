@@ -197,6 +197,7 @@ async def test_it_tells_which_namespaces_there_are_and_how_many_are_connected():
     async with running(Chat, News) as (server, join):
         await join("/chat")
         assert server.ulak.get_namespaces() == ["/chat", "/news"]
+        assert server.inspector.ulak is server.ulak
         assert server.ulak.has_namespace("/chat")
         assert server.ulak.has_namespace("news")
         assert not server.ulak.has_namespace("/nwes")
