@@ -6,19 +6,22 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import errno
 import importlib.metadata
 import inspect
 import logging
 import re
+import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
-from .errors import ServerStateError
+from .errors import PortInUseError, ServerStateError
 
 log = logging.getLogger("asena_tornado")
+_BACKLOG = 1024  # connections that may wait to be accepted
 R = TypeVar("R")
 
 _WAKE_EVERY = 0.2  # seconds
@@ -269,3 +272,51 @@ def _why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < (1, 7, 3):
         return f"nest-asyncio2 {version} loses queued cells on ipykernel 7: restart the kernel with 1.7.3 or later"
     return None
+
+
+def listen(port: int, address: str | None) -> list[socket.socket]:
+    """Sockets that listen at the address (None: every interface), all on one port; 0 picks one. All or none.
+
+    Raises `PortInUseError` when somebody else listens there.
+    """
+    found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    places = sorted({(family, place) for family, _, _, _, place in found})
+    for attempt in range(5):
+        try:
+            return _listeners(places, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if port == 0 and attempt < 4:
+                continue  # the port that was free in one family was not in the other
+            raise PortInUseError(
+                f"port {port} on {address or 'every interface'} is in use by somebody else; "
+                "stop that, or choose another port (port=0 picks a free one)",
+                port=port,
+                address=address,
+            ) from error
+    raise AssertionError("unreachable")
+
+
+def _listeners(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> list[socket.socket]:
+    """A listening socket per address, all on one port; all or none."""
+    made: list[socket.socket] = []
+    try:
+        for family, (host, _, *more) in addresses:
+            try:
+                listener = socket.create_server((host, port, *more), family=family, backlog=_BACKLOG)
+            except OSError as error:
+                # What localhost stands for need not exist: ::1 where IPv6 is off.
+                if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
+                    continue
+                raise
+            listener.setblocking(False)
+            made.append(listener)
+            port = listener.getsockname()[1]
+        if not made:
+            raise OSError(errno.EADDRNOTAVAIL, f"none of {addresses} exists on this machine")
+    except BaseException:
+        for listener in made:
+            listener.close()
+        raise
+    return made

@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
-import errno
 import html
 import inspect
 import logging
@@ -25,17 +24,16 @@ from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Front, Outbox, websocket_routes
-from .container import Container, component_of
+from .connection import Endpoint, Front, websocket_routes
 from .errors import ConfigurationError, PortInUseError, ServerStateError
-from .hosting import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop, waking
-from .http import Chain, ControllerHandler, Controllers, Origins, Refusal
-from .inspector import Desk, Inspector, SocketSnapshot, View, page_routes
-from .namespace import Namespace, normalize_path, serving
+from .hosting import LoopDoor, LoopThread, in_empty_context, listen, new_event_loop, run_nested, running_loop, waking
+from .http import ControllerHandler, Origins, Refusal
+from .inspector import Desk, Inspector, View, page_routes
+from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions
 from .reachability import Reach, reach
-from .service import AsenaWebSocketService, Hooks, bind, spec_of
-from .transports import Cluster, Gap, LocalTransport, Transport
+from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
+from .transports import Cluster, Gap, Transport
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
@@ -43,13 +41,8 @@ R = TypeVar("R")
 Hosting = Literal["thread", "kernel", "caller", "app"]
 State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
-_STOP_TIMEOUT = 10.0  # seconds
-# Seconds for the clients to answer a close before the connection ends without it; and the same when they might be
-# in the thread that waits for the stop, as in a cell, and could not.
-_PATIENCE = 1.0
+# Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
 _HASTE = 0.1
-_CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
-_BACKLOG = 1024  # connections that may wait to be accepted
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
@@ -94,41 +87,38 @@ class AsenaServer:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
         if max_body_size < 0:
             raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
-        self._container = Container(*components)
-        self._ulak = Ulak()
-        self._container.provide(Ulak, self._ulak)
-        self._paths = _paths(components)
         self._wanted_port = port
         self._port: int | None = None
         self._address = address
         self._options = options or WebSocketOptions()
         self._origins = Origins(allowed_origins)
         self._max_body_size = max_body_size
-        self._controllers = self._no_controllers()
-        self._middleware: dict[str, Chain] = {}  # by the namespace's path
+        self._site = Site(
+            components,
+            owner=self,
+            options=self._options,
+            origins=self._origins,
+            max_body_size=max_body_size,
+            transport=transport,
+            on_gap=on_gap,
+            until_running=self._until_running,
+        )
         self._ssl = ssl_options
         self._public_url = public_url
-        self._transport: Transport = transport or LocalTransport()
-        self._on_gap = on_gap
-        self._cluster: Cluster | None = None
         self._inspector_path = None if inspector_path is None else normalize_path(inspector_path)
-        if self._inspector_path in self._paths:
+        if self._inspector_path in self._site.paths:
             raise ConfigurationError(
                 f"{self._inspector_path!r} is a namespace already; give the inspector another path"
             )
         self._inspector_read_only = inspector_read_only
         self._desk = Desk(self)
-        self._namespaces: dict[str, Namespace] = {}
-        self._built = False
         self._state: State = "new"
         self._hosting: Hosting | None = None
         self._door: LoopDoor | None = None
         self._thread: LoopThread | None = None
         self._http: HTTPServer | None = None
         self._listeners: list[sockets.socket] = []
-        self._outbox: Outbox | None = None
         self._retiring: asyncio.Task[None] | None = None
-        self._endpoints: dict[str, Endpoint] = {}
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
@@ -156,13 +146,13 @@ class AsenaServer:
     @property
     def namespaces(self) -> Mapping[str, Namespace]:
         """Path to `Namespace`, as the container found them."""
-        self._build()
-        return dict(self._namespaces)
+        self._site.build()
+        return dict(self._site.namespaces)
 
     @property
     def ulak(self) -> Ulak:
         """The broker, which sends to any namespace by its path."""
-        return self._ulak
+        return self._site.ulak
 
     def url(self, path: str = "/") -> str:
         """Where a browser finds the path: ``ws(s)://…`` for a namespace, ``http(s)://…`` otherwise.
@@ -174,7 +164,7 @@ class AsenaServer:
 
     def _address_of(self, path: str, base: str) -> str:
         path = path if path.startswith("/") else f"/{path}"
-        if path.partition("?")[0] in self._paths:
+        if path.partition("?")[0] in self._site.paths:
             base = base.replace("http", "ws", 1)
         return base + path
 
@@ -202,12 +192,12 @@ class AsenaServer:
     @property
     def cluster(self) -> Cluster | None:
         """This server's part in the cluster; None without a transport, or while it does not run."""
-        return self._cluster
+        return self._site.cluster
 
     @property
     def ready(self) -> bool:
         """Whether it runs and, if there is a transport, reaches the other nodes. A load balancer may ask for it."""
-        return self._state == "running" and (self._cluster is None or self._cluster.ready)
+        return self._state == "running" and (self.cluster is None or self.cluster.ready)
 
     # -- starting
 
@@ -297,7 +287,7 @@ class AsenaServer:
     async def serve(self) -> None:
         """Serve on the caller's loop until `stop` is called or this is cancelled; then drain."""
         async with self:
-            log.info("serving %s at %s", ", ".join(self._paths) or "nothing", self.url())
+            log.info("serving %s at %s", ", ".join(self._site.paths) or "nothing", self.url())
             await self._stopped.wait()
 
     async def __aenter__(self) -> Self:
@@ -340,16 +330,17 @@ class AsenaServer:
 
     def routes(self) -> list[Any]:
         """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
-        self._build()
-        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in self._namespaces]
+        site = self._site
+        site.build()
+        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in site.namespaces]
         if self._inspector_path is not None:
             routes += page_routes(self._inspector_path, View(self._desk, read_only=self._inspector_read_only))
-        return [*routes, self._controllers.rule] if self._controllers else routes
+        return [*routes, site.controllers.rule] if site.controllers else routes
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
         async def find() -> Endpoint:
             await self._until_running()
-            return self._endpoints[path]
+            return self._site.endpoints[path]
 
         return find
 
@@ -372,7 +363,7 @@ class AsenaServer:
 
     def _give_up(self) -> None:
         self._state = "stopped"
-        self._ulak.close("the server could not start")
+        self._site.end("the server could not start")
         if self._http is not None:
             self._http.stop()
             self._http = None
@@ -380,87 +371,14 @@ class AsenaServer:
         self._opening = None
         self._end_thread()
 
-    def _build(self) -> None:
-        """Build the components and their namespaces, once."""
-        if self._built:
-            return
-        self._container.build()
-        namespaces: dict[str, Namespace] = {}
-        controllers = self._no_controllers()
-        for mark, instance in self._container.components:
-            if isinstance(instance, AsenaWebSocketService):
-                spec = spec_of(mark.cls)
-                if spec.path in namespaces:
-                    other = type(namespaces[spec.path].hooks.service).__name__
-                    raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
-                namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
-                namespaces[spec.path] = namespace
-                bind(instance, namespace)
-                if spec.middlewares:
-                    where = f"the handshake of {spec.path}"
-                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where, self)
-            elif mark.kind == "Controller":
-                controllers.add(instance, self._instances)
-        for path in namespaces:
-            if controllers.has(path):
-                raise ConfigurationError(f"{path!r} is a namespace and a controller's path; give one of them another")
-        self._namespaces, self._controllers = namespaces, controllers
-        self._paths = tuple(namespaces)
-        self._built = True
-
-    def _no_controllers(self) -> Controllers:
-        return Controllers(self, origins=self._origins, max_body_size=self._max_body_size, ready=self._until_running)
-
-    def _instances(self, middlewares: Sequence[Any]) -> list[Any]:
-        """What is listed in a decorator, as the container has it."""
-        return [self._container.get(each) if isinstance(each, type) else each for each in middlewares]
-
     def _prepare(self) -> None:
         """Everything that needs no waiting, on the loop's thread."""
-        self._build()
+        self._site.build()
         if self._hosting != "app":
-            self._listeners = self._bind()
-        loop = asyncio.get_running_loop()
-        self._door = LoopDoor(loop)
-        self._outbox = Outbox(loop)
-        self._open_namespaces()
-
-    def _open_namespaces(self) -> None:
-        assert self._door is not None
-        assert self._outbox is not None
-        self._endpoints = {}
-        for path, namespace in self._namespaces.items():
-            namespace.door = self._door
-            namespace.outbox = self._outbox
-            self._endpoints[path] = Endpoint(
-                self._door.loop,
-                namespace,
-                outbox=self._outbox,
-                origins=self._origins,
-                middleware=self._middleware.get(path),
-            )
-        self._ulak.open(self._door, self._namespaces.values())
-
-    def _bind(self) -> list[sockets.socket]:
-        found = sockets.getaddrinfo(self._address, 0, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)
-        addresses = sorted({(family, address) for family, _, _, _, address in found})
-        for attempt in range(5):
-            try:
-                listeners = _listeners(addresses, self._wanted_port)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                if self._wanted_port == 0 and attempt < 4:
-                    continue  # the port that was free in one family was not in the other
-                raise PortInUseError(
-                    f"port {self._wanted_port} on {self._address or 'every interface'} is in use by somebody else; "
-                    "stop that, or choose another port (port=0 picks a free one)",
-                    port=self._wanted_port,
-                    address=self._address,
-                ) from error
-            break
-        self._port = listeners[0].getsockname()[1]
-        return listeners
+            self._listeners = listen(self._wanted_port, self._address)
+            self._port = self._listeners[0].getsockname()[1]
+        self._door = LoopDoor(asyncio.get_running_loop())
+        self._site.open(self._door)
 
     async def _open(self) -> None:
         """In a task of its own, which a stop cancels."""
@@ -468,40 +386,19 @@ class AsenaServer:
         if self._door is None or self._door.is_shut:
             self._prepare()
         try:
-            self._cluster = await self._new_cluster(self._namespaces)
-            await self._container.start()
-            self._listen()
+            await self._site.start()
         except BaseException:
             assert self._door is not None
             self._door.shut()
-            await self._container.stop()
-            await self._leave_cluster()
             raise
-
-    async def _new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
-        if isinstance(self._transport, LocalTransport) and self._transport.hub is None:
-            return None
-        cluster = Cluster(self._transport, on_gap=self._on_gap, describe=SocketSnapshot.of)
-        cluster.serve(namespaces)
-        try:
-            await cluster.start()
-        except BaseException:
-            cluster.serve({})
-            raise
-        return cluster
-
-    async def _leave_cluster(self) -> None:
-        cluster, self._cluster = self._cluster, None
-        if cluster is not None:
-            await cluster.stop()
-            cluster.serve({})
+        self._listen()
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
         """On a loop that runs this very code: what has to be awaited goes on in a task."""
         if old is None:
             self._prepare()
         else:
-            self._build()
+            self._site.build()
             self._door, self._port = old._door, old._port
 
         async def finish() -> None:
@@ -545,43 +442,10 @@ class AsenaServer:
 
     async def _replace(self, old: AsenaServer) -> None:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
-        self._build()
-        if old._cluster is not None and old._transport == self._transport:
-            self._transport = old._transport
-            cluster: Cluster | None = old._cluster
-        else:
-            cluster = await self._new_cluster({})
-        # What the new components send as they start goes to the clients that are taken over.
         assert old._door is not None
-        for path, fresh in self._namespaces.items():
-            namespace = old._namespaces.get(path, fresh)
-            namespace.door, namespace.outbox = old._door, old._outbox
-            bind(fresh.hooks.service, namespace)
-            self._ulak.open(old._door, [namespace])
-        try:
-            await self._container.start(running=old._container)
-        except BaseException:
-            if cluster is not None and cluster is not old._cluster:
-                await cluster.stop()
-            raise
-        # The switch itself waits for nothing: it falls between two messages.
-        self._door, self._outbox, self._port = old._door, old._outbox, old._port
-        gone = []
-        for path, kept in old._namespaces.items():
-            if path in self._namespaces:
-                fresh = self._namespaces[path]
-                self._namespaces[path] = kept
-                kept.replace(fresh.hooks, fresh.options)
-            else:
-                gone.append(kept)
-                old._endpoints[path].closing = True
-        self._cluster, old_cluster, old._cluster = cluster, old._cluster, None
-        if old_cluster is not None and old_cluster is not cluster:
-            old_cluster.serve({})
-        if cluster is not None:
-            cluster.on_gap = self._on_gap
-            cluster.serve(self._namespaces)
-        self._open_namespaces()
+        remains = await self._site.take_over(old._site, old._door)
+        # Nor does anything wait from here on: what listens and who is asked change along with the site.
+        self._door, self._port = old._door, old._port
         # Duplicates, because a Tornado server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
         self._desk = old._desk.pass_to(self)
@@ -592,25 +456,17 @@ class AsenaServer:
         old._state = "replaced"
         old._stopped.set()
         _running.discard(old)
-        retiring = self._retire(old, old_http, gone, None if old_cluster is cluster else old_cluster)
-        self._retiring = asyncio.get_running_loop().create_task(retiring)
+        self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
 
-    async def _retire(
-        self, old: AsenaServer, http: HTTPServer | None, gone: list[Namespace], cluster: Cluster | None
-    ) -> None:
-        """What is left of the old server: namespaces without a successor, idle HTTP connections, components."""
+    async def _retire(self, old: AsenaServer, http: HTTPServer | None, remains: Remains) -> None:
+        """What is left of the old server."""
         before, old._retiring = old._retiring, None
         if before is not None:
             await before
-        await _close_sockets(gone, _STOP_TIMEOUT, _PATIENCE, 1012, "this namespace is gone")
-        await old._controllers.drain(asyncio.get_running_loop().time() + _STOP_TIMEOUT)
+        await self._site.bury(remains)
         if http is not None:
             await _close_http(http)
-        if cluster is not None:
-            await cluster.stop()
-        await old._container.stop(successor=self._container)
-        old._ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
-        old._namespaces, old._endpoints, old._door, old._outbox = {}, {}, None, None
+        old._door = None
 
     def _listen(self) -> None:
         if self._listeners:
@@ -621,7 +477,7 @@ class AsenaServer:
                 default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
             )
             self._http = HTTPServer(
-                Front(app, self._endpoints.get),
+                Front(app, self._site.endpoints.get),
                 ssl_options=self._ssl,
                 idle_connection_timeout=self._options.handshake_timeout,
                 body_timeout=self._options.handshake_timeout,
@@ -635,7 +491,7 @@ class AsenaServer:
 
     # -- stopping
 
-    def stop(self, *, timeout: float = _STOP_TIMEOUT) -> None:
+    def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """Stop accepting, close every socket with 1001, run every ``on_close``, stop components, free the port.
 
         Waits at most ``timeout`` seconds for the clients, then cuts them off. Stopping a stopped server changes
@@ -645,7 +501,7 @@ class AsenaServer:
             return
         door = self._door
         if door is not None and not door.is_shut and door.inside():
-            if self._in_handler() or (self._thread is not None and self._thread.current):
+            if self._site.handling or (self._thread is not None and self._thread.current):
                 self._close_soon(timeout)
             else:
                 run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
@@ -653,11 +509,11 @@ class AsenaServer:
         with self._lock:
             door = self._door
             if self._state in ("starting", "running", "stopping") and door is not None:
-                patience = _PATIENCE if running_loop() is None else _HASTE
+                patience = PATIENCE if running_loop() is None else _HASTE
                 asyncio.run_coroutine_threadsafe(self._aclose(timeout, patience), door.loop).result()
             self._end_thread()
 
-    async def aclose(self, *, timeout: float = _STOP_TIMEOUT) -> None:
+    async def aclose(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """What `stop` does, awaitable from any loop. In a handler it returns at once."""
         door = self._door
         if self._state in ("new", "stopped", "replaced") or door is None:
@@ -667,20 +523,15 @@ class AsenaServer:
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
             self._end_thread()
             return
-        await self._aclose(timeout, _PATIENCE)
+        await self._aclose(timeout, PATIENCE)
 
     async def _aclose(self, timeout: float, patience: float) -> None:
         self._close_soon(timeout, patience)
         # A handler that waited here would wait for its own end.
-        if not self._in_handler() and self._closing is not None:
+        if not self._site.handling and self._closing is not None:
             await asyncio.shield(self._closing)
 
-    def _in_handler(self) -> bool:
-        """Whether it is a handler of this server that runs."""
-        owner = serving.get()
-        return owner is self or owner in self._namespaces.values()
-
-    def _close_soon(self, timeout: float, patience: float = _PATIENCE) -> None:
+    def _close_soon(self, timeout: float, patience: float = PATIENCE) -> None:
         if self._closing is None and self._state in ("starting", "running"):
             loop = asyncio.get_running_loop()
             self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout, patience)))
@@ -706,24 +557,17 @@ class AsenaServer:
         self._state = "stopping"
         _running.discard(self)
         try:
-            for endpoint in self._endpoints.values():
-                endpoint.closing = True
+            self._site.refuse_handshakes()
             if self._http is not None:
                 self._http.stop()
-            deadline = asyncio.get_running_loop().time() + timeout
-            everywhere = list(self._namespaces.values())
-            await _close_sockets(everywhere, timeout, patience, 1001, "the server is stopping")
-            await self._controllers.drain(deadline)
+            await self._site.drain(timeout, patience)
             if self._http is not None:
                 await _close_http(self._http)
-            await self._container.stop()
-            await self._leave_cluster()
+            await self._site.stop()
         finally:
             assert self._door is not None
             self._door.shut()
-            for namespace in self._namespaces.values():
-                namespace.events.end()
-            self._ulak.close("the server has stopped: call server.start() again")
+            self._site.end("the server has stopped: call server.start() again")
             self._stop_listening()
             self._http = None
             self._opening = self._closing = self._retiring = None
@@ -751,7 +595,7 @@ class AsenaServer:
             door = self._open_door()
             if not door.inside():
                 return door.call(function, timeout=timeout)
-            if self._hosting == "thread" or self._in_handler():
+            if self._hosting == "thread" or self._site.handling:
                 raise ServerStateError("this is the server's own loop already: call the function, or await it")
             result = function()
             if isinstance(result, Awaitable):
@@ -779,7 +623,7 @@ class AsenaServer:
 
     def override(self, target: Any, replacement: Any) -> Self:
         """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start."""
-        self._container.override(target, replacement)
+        self._site.container.override(target, replacement)
         return self
 
     def _open_door(self) -> LoopDoor:
@@ -798,73 +642,19 @@ class AsenaServer:
 
     def __repr__(self) -> str:
         where = f" at {self.url()}" if self._state in ("starting", "running") and self._hosting != "app" else ""
-        return f"<AsenaServer {self._state}{where}: {', '.join(self._paths) or 'no namespaces'}>"
+        return f"<AsenaServer {self._state}{where}: {', '.join(self._site.paths) or 'no namespaces'}>"
 
     def _repr_html_(self) -> str:
+        namespaces = self._site.namespaces if self._state == "running" and self._hosting != "app" else {}
         rows = "".join(
             f"<tr><td><code>{html.escape(self.url(path))}</code></td>"
-            f"<td>{html.escape(type(self._namespaces[path].hooks.service).__name__)}</td>"
-            f"<td>{len(self._namespaces[path].sockets)} sockets</td></tr>"
-            for path in (self._paths if self._built and self._state == "running" and self._hosting != "app" else ())
+            f"<td>{html.escape(type(namespace.hooks.service).__name__)}</td>"
+            f"<td>{len(namespace.sockets)} sockets</td></tr>"
+            for path, namespace in namespaces.items()
         )
         table = f"<table>{rows}</table>" if rows else ""
         note = self._reach().note if rows else ""
         return f"<div>{html.escape(repr(self))}{table}{f'<small>{html.escape(note)}</small>' if note else ''}</div>"
-
-
-def _listeners(addresses: Sequence[tuple[sockets.AddressFamily, Any]], port: int) -> list[sockets.socket]:
-    """A listening socket per address, all on one port; all or none."""
-    made: list[sockets.socket] = []
-    try:
-        for family, (host, _, *more) in addresses:
-            try:
-                listener = sockets.create_server((host, port, *more), family=family, backlog=_BACKLOG)
-            except OSError as error:
-                # What localhost stands for need not exist: ::1 where IPv6 is off.
-                if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
-                    continue
-                raise
-            listener.setblocking(False)
-            made.append(listener)
-            port = listener.getsockname()[1]
-        if not made:
-            raise OSError(errno.EADDRNOTAVAIL, f"none of {addresses} exists on this machine")
-    except BaseException:
-        for listener in made:
-            listener.close()
-        raise
-    return made
-
-
-async def _close_sockets(
-    namespaces: Sequence[Namespace], timeout: float, patience: float, code: int, reason: str
-) -> None:
-    """Close every socket and wait until each ``on_close`` has run; after ``timeout`` seconds cut them off."""
-    gone = asyncio.Event()
-
-    def look() -> None:
-        if all(namespace.empty for namespace in namespaces):
-            gone.set()
-
-    look()
-    for namespace in namespaces:
-        everyone = [*namespace.sockets.values(), *namespace.leaving]
-        for i in range(0, len(everyone), _CLOSE_BATCH):
-            for socket in everyone[i : i + _CLOSE_BATCH]:
-                socket._connection.close(code, reason, patience=patience)
-            await asyncio.sleep(0)
-        namespace.when_empty(look)
-    try:
-        async with asyncio.timeout(timeout):
-            await gone.wait()
-    except TimeoutError:
-        left = [socket for namespace in namespaces for socket in namespace.leaving]
-        log.warning("%s sockets did not go in time and are cut off", len(left))
-        for socket in left:
-            socket._connection.cut_off()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await gone.wait()
 
 
 async def _close_http(http: HTTPServer) -> None:
@@ -881,21 +671,6 @@ async def _until_loop_ends(server: AsenaServer) -> Any:
     finally:
         if server._door is door:  # it has not been started anew on another loop
             await server.aclose()
-
-
-def _paths(components: Sequence[Any]) -> tuple[str, ...]:
-    """The paths of the listed services; two services on one path are an error as early as here."""
-    found: dict[str, str] = {}
-    for item in components:
-        cls = item if isinstance(item, type) else type(item)
-        if issubclass(cls, AsenaWebSocketService) and component_of(cls) is not None:
-            spec = spec_of(cls)
-            if found.setdefault(spec.path, cls.__name__) != cls.__name__:
-                raise ConfigurationError(
-                    f"two services for {spec.path!r}: {found[spec.path]} and {cls.__name__}; "
-                    "give one of them another path"
-                )
-    return tuple(found)
 
 
 def _log_request(handler: Any) -> None:
@@ -918,7 +693,7 @@ def _close_in_child() -> None:
     for server in list(_running):
         for listener in server._listeners:
             os.close(listener.detach())
-        for namespace in server._namespaces.values():
+        for namespace in server._site.namespaces.values():
             for socket in (*namespace.sockets.values(), *namespace.leaving):
                 socket._connection.channel.close_in_child()
         # Nor may it try to stop what only the parent has.

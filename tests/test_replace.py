@@ -174,7 +174,7 @@ async def test_when_the_new_server_cannot_start_the_old_one_goes_on(port: int, c
     with pytest.raises(LookupError):
         AsenaServer(chat("new"), Broken, port=port).start()
     with pytest.raises(InjectionError):
-        AsenaServer(chat("one"), chat("two"), port=port)._build()
+        AsenaServer(chat("one"), chat("two"), port=port)._site.build()
     await client.send("still?")
     assert await client.recv() == "old Ann: still?"
     assert old.state == "running"

@@ -228,7 +228,7 @@ class Inspector:
         return self._path or "the server"
 
     def _mounted(self) -> Mapping[str, Namespace]:
-        return self._server._namespaces
+        return self._server._site.namespaces
 
     def _chosen(self, path: str) -> Namespace:
         mounted = self._mounted() or self._server.namespaces

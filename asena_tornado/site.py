@@ -1,0 +1,288 @@
+"""`Site`: what a server serves, wherever its loop lives: components, namespaces, controllers, Ulak, cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .broker import Ulak
+from .connection import Endpoint, Outbox
+from .container import Container, component_of
+from .errors import ConfigurationError
+from .hosting import LoopDoor
+from .http import Chain, Controllers, Origins
+from .inspector import SocketSnapshot
+from .namespace import Namespace, serving
+from .options import WebSocketOptions
+from .service import AsenaWebSocketService, Hooks, bind, spec_of
+from .transports import Cluster, Gap, LocalTransport, Transport
+
+log = logging.getLogger("asena_tornado")
+
+# Seconds for the clients to answer a close before the connection ends without it.
+PATIENCE = 1.0
+STOP_TIMEOUT = 10.0  # seconds
+_CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What a site had that its successor has not: see `Site.take_over` and `Site.bury`."""
+
+    site: Site
+    gone: list[Namespace]
+    cluster: Cluster | None
+
+
+class Site:
+    """The components of one server and what they answer for. Built once; opened for each start, on its loop."""
+
+    def __init__(
+        self,
+        components: Sequence[Any],
+        *,
+        owner: object,
+        options: WebSocketOptions,
+        origins: Origins,
+        max_body_size: int,
+        transport: Transport | None,
+        on_gap: Callable[[Gap], object] | None,
+        until_running: Callable[[], Awaitable[object]],
+    ) -> None:
+        """``owner``: the server, as `namespace.serving` names it. ``until_running`` is awaited by controllers."""
+        self.container = Container(*components)
+        self.ulak = Ulak()
+        self.container.provide(Ulak, self.ulak)
+        self.paths = _listed_paths(components)
+        self.namespaces: dict[str, Namespace] = {}
+        self.endpoints: dict[str, Endpoint] = {}
+        self.cluster: Cluster | None = None
+        self.built = False
+        self._owner = owner
+        self._options = options
+        self._origins = origins
+        self._max_body_size = max_body_size
+        self._until_running = until_running
+        self._transport: Transport = transport or LocalTransport()
+        self._on_gap = on_gap
+        self.controllers = self._no_controllers()
+        self._middleware: dict[str, Chain] = {}  # by the namespace's path
+        self._outbox: Outbox | None = None
+
+    def build(self) -> None:
+        """Build the components and their namespaces, once. Raises `InjectionError` and `ConfigurationError`."""
+        if self.built:
+            return
+        self.container.build()
+        namespaces: dict[str, Namespace] = {}
+        controllers = self._no_controllers()
+        for mark, instance in self.container.components:
+            if isinstance(instance, AsenaWebSocketService):
+                spec = spec_of(mark.cls)
+                if spec.path in namespaces:
+                    other = type(namespaces[spec.path].hooks.service).__name__
+                    raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
+                namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
+                namespaces[spec.path] = namespace
+                bind(instance, namespace)
+                if spec.middlewares:
+                    where = f"the handshake of {spec.path}"
+                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where, self._owner)
+            elif mark.kind == "Controller":
+                controllers.add(instance, self._instances)
+        for path in namespaces:
+            if controllers.has(path):
+                raise ConfigurationError(f"{path!r} is a namespace and a controller's path; give one of them another")
+        self.namespaces, self.controllers = namespaces, controllers
+        self.paths = tuple(namespaces)
+        self.built = True
+
+    def _no_controllers(self) -> Controllers:
+        return Controllers(
+            self._owner, origins=self._origins, max_body_size=self._max_body_size, ready=self._until_running
+        )
+
+    def _instances(self, middlewares: Sequence[Any]) -> list[Any]:
+        """What is listed in a decorator, as the container has it."""
+        return [self.container.get(each) if isinstance(each, type) else each for each in middlewares]
+
+    # -- opening and closing
+
+    def open(self, door: LoopDoor) -> None:
+        """Let namespaces and Ulak send through the door, on its loop; needs no waiting."""
+        self.build()
+        self._outbox = Outbox(door.loop)
+        self._open_namespaces(door)
+
+    def _open_namespaces(self, door: LoopDoor) -> None:
+        assert self._outbox is not None
+        self.endpoints = {}
+        for path, namespace in self.namespaces.items():
+            namespace.door = door
+            namespace.outbox = self._outbox
+            self.endpoints[path] = Endpoint(
+                door.loop,
+                namespace,
+                outbox=self._outbox,
+                origins=self._origins,
+                middleware=self._middleware.get(path),
+            )
+        self.ulak.open(door, self.namespaces.values())
+
+    async def start(self) -> None:
+        """Join the cluster and run every ``on_start``. What raises has left nothing started."""
+        try:
+            self.cluster = await self._new_cluster(self.namespaces)
+            await self.container.start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Run every ``on_stop`` and leave the cluster."""
+        await self.container.stop()
+        cluster, self.cluster = self.cluster, None
+        if cluster is not None:
+            await cluster.stop()
+            cluster.serve({})
+
+    def refuse_handshakes(self) -> None:
+        """From here on new clients are told that the server stops."""
+        for endpoint in self.endpoints.values():
+            endpoint.closing = True
+
+    async def drain(self, timeout: float, patience: float) -> None:
+        """Close every socket with 1001 and let handlers and requests end, for ``timeout`` seconds at most."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        await _close_sockets(list(self.namespaces.values()), timeout, patience, 1001, "the server is stopping")
+        await self.controllers.drain(deadline)
+
+    def end(self, why: str) -> None:
+        """Nothing is sent any more: Ulak says ``why``, taps end."""
+        for namespace in self.namespaces.values():
+            namespace.events.end()
+        self.ulak.close(why)
+
+    @property
+    def handling(self) -> bool:
+        """Whether the caller is a handler of this site."""
+        owner = serving.get()
+        return owner is self._owner or owner in self.namespaces.values()
+
+    async def _new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
+        if isinstance(self._transport, LocalTransport) and self._transport.hub is None:
+            return None
+        cluster = Cluster(self._transport, on_gap=self._on_gap, describe=SocketSnapshot.of)
+        cluster.serve(namespaces)
+        try:
+            await cluster.start()
+        except BaseException:
+            cluster.serve({})
+            raise
+        return cluster
+
+    # -- taking over from another site, as a notebook cell does when it is run again
+
+    async def take_over(self, old: Site, door: LoopDoor) -> Remains:
+        """Take the place of ``old``, behind the same door. Whatever fails before the switch leaves that as it was.
+
+        The clients of namespaces that both have pass over. What is left of ``old`` is returned, for `bury`.
+        """
+        self.build()
+        if old.cluster is not None and old._transport == self._transport:
+            self._transport = old._transport
+            cluster: Cluster | None = old.cluster
+        else:
+            cluster = await self._new_cluster({})
+        # What the new components send as they start goes to the clients that are taken over.
+        for path, fresh in self.namespaces.items():
+            namespace = old.namespaces.get(path, fresh)
+            namespace.door, namespace.outbox = door, old._outbox
+            bind(fresh.hooks.service, namespace)
+            self.ulak.open(door, [namespace])
+        try:
+            await self.container.start(running=old.container)
+        except BaseException:
+            if cluster is not None and cluster is not old.cluster:
+                await cluster.stop()
+            raise
+        # The switch itself waits for nothing: it falls between two messages.
+        self._outbox = old._outbox
+        gone = []
+        for path, kept in old.namespaces.items():
+            if path in self.namespaces:
+                fresh = self.namespaces[path]
+                self.namespaces[path] = kept
+                kept.replace(fresh.hooks, fresh.options)
+            else:
+                gone.append(kept)
+                old.endpoints[path].closing = True
+        self.cluster, old_cluster, old.cluster = cluster, old.cluster, None
+        if old_cluster is not None and old_cluster is not cluster:
+            old_cluster.serve({})
+        if cluster is not None:
+            cluster.on_gap = self._on_gap
+            cluster.serve(self.namespaces)
+        self._open_namespaces(door)
+        return Remains(old, gone, None if old_cluster is cluster else old_cluster)
+
+    async def bury(self, remains: Remains) -> None:
+        """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
+        old = remains.site
+        await _close_sockets(remains.gone, STOP_TIMEOUT, PATIENCE, 1012, "this namespace is gone")
+        await old.controllers.drain(asyncio.get_running_loop().time() + STOP_TIMEOUT)
+        if remains.cluster is not None:
+            await remains.cluster.stop()
+        await old.container.stop(successor=self.container)
+        old.ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
+        old.namespaces, old.endpoints, old._outbox = {}, {}, None
+
+
+async def _close_sockets(
+    namespaces: Sequence[Namespace], timeout: float, patience: float, code: int, reason: str
+) -> None:
+    """Close every socket and wait until each ``on_close`` has run; after ``timeout`` seconds cut them off."""
+    gone = asyncio.Event()
+
+    def look() -> None:
+        if all(namespace.empty for namespace in namespaces):
+            gone.set()
+
+    look()
+    for namespace in namespaces:
+        everyone = [*namespace.sockets.values(), *namespace.leaving]
+        for i in range(0, len(everyone), _CLOSE_BATCH):
+            for socket in everyone[i : i + _CLOSE_BATCH]:
+                socket._connection.close(code, reason, patience=patience)
+            await asyncio.sleep(0)
+        namespace.when_empty(look)
+    try:
+        async with asyncio.timeout(timeout):
+            await gone.wait()
+    except TimeoutError:
+        left = [socket for namespace in namespaces for socket in namespace.leaving]
+        log.warning("%s sockets did not go in time and are cut off", len(left))
+        for socket in left:
+            socket._connection.cut_off()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await gone.wait()
+
+
+def _listed_paths(components: Sequence[Any]) -> tuple[str, ...]:
+    """The paths of the listed services; two services on one path are an error as early as here."""
+    found: dict[str, str] = {}
+    for item in components:
+        cls = item if isinstance(item, type) else type(item)
+        if issubclass(cls, AsenaWebSocketService) and component_of(cls) is not None:
+            spec = spec_of(cls)
+            if found.setdefault(spec.path, cls.__name__) != cls.__name__:
+                raise ConfigurationError(
+                    f"two services for {spec.path!r}: {found[spec.path]} and {cls.__name__}; "
+                    "give one of them another path"
+                )
+    return tuple(found)
