@@ -213,6 +213,12 @@ def test_a_cell_shows_the_widget_and_the_static_view_for_those_who_have_none(tmp
 chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 ARGUMENTS += ["--disable-component-update", "--disable-sync", "--no-first-run"]
+FORGOTTEN = """
+import asyncio
+while server._desk.widgets[(None, False)].link.views:
+    await asyncio.sleep(0.01)
+Path("forgotten").touch()
+"""
 BLOCKING = """
 Path("busy").touch()
 while not Path("enough").exists():
@@ -225,7 +231,7 @@ def lab(tmp_path: Path) -> Iterator[str]:
     """A JupyterLab of its own, with one notebook; its address."""
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("jupyterlab")
-    cells = [SERVER, BLOCKING]
+    cells = [SERVER, BLOCKING, FORGOTTEN]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "rooms.ipynb")
@@ -291,4 +297,13 @@ async def test_in_jupyterlab_the_view_is_live_during_a_busy_cell_and_its_buttons
         assert await asyncio.wait_for(bea.recv(), 20) == "hello from the notebook"
         await ann.close()
         await bea.close()
+
+        # The display goes, and with it what it costs.
+        await page.locator(".jp-Notebook .jp-Cell .jp-InputPrompt").first.click()
+        await page.keyboard.press("d")
+        await page.keyboard.press("d")
+        await view.wait_for(state="detached")
+        await page.locator(".jp-Notebook .jp-Cell .cm-content").nth(1).click()
+        await page.keyboard.press("Shift+Enter")
+        await until((tmp_path / "forgotten").exists)
         await browser.close()

@@ -110,7 +110,7 @@ class Sockets(Mapping[str, SocketSnapshot]):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per socket, indexed by its id."""
-        kind = type(next(iter(self._sockets.values()), None) or SocketSnapshot)
+        kind = next(map(type, self._sockets.values()), SocketSnapshot)
         names = [field.name for field in dataclasses.fields(kind)]
         rows = [[getattr(socket, name) for name in names] for socket in self._sockets.values()]
         return _frame(rows, names).set_index("id")
