@@ -98,7 +98,7 @@ def channels(port: int, url: str | None) -> None:
     settings.configure(CHANNEL_LAYERS={"default": layer})
     from channels.generic.websocket import AsyncWebsocketConsumer
 
-    class Room(AsyncWebsocketConsumer):  # type: ignore[misc]  # it has no types
+    class Room(AsyncWebsocketConsumer):
         async def connect(self) -> None:
             await self.channel_layer.group_add("everyone", self.channel_name)
             await self.accept()
