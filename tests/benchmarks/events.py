@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
-from asena_tornado.connection import connection
+from asena_tornado.connection import Outbox, connection
 from asena_tornado.messages import encode
 from asena_tornado.namespace import Namespace
 
@@ -53,7 +53,8 @@ async def main() -> None:
     async with AsenaServer(Chat, port=0) as server, await connect(server.url("/chat")):
         namespace = server.namespaces["/chat"]
         [socket] = namespace.sockets.values()
-        line = socket._connection
+        line, outbox = socket._connection, namespace.outbox
+        assert isinstance(outbox, Outbox)
         message = encode("x" * 64)
         text = "x" * 64
 
@@ -62,7 +63,7 @@ async def main() -> None:
             line._inbox_size = 0
             line._parser.held = False
             line.owed, line.owed_size, line.owed_count = None, 0, 0
-            server._outbox._open, server._outbox._dirty = None, []  # type: ignore[union-attr]  # it runs
+            outbox._open, outbox._dirty = None, []
 
         ways: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
             "receive": (connection.Connection.message_received, (text,), line),
