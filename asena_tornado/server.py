@@ -642,7 +642,8 @@ class AsenaServer:
 
     def __repr__(self) -> str:
         where = f" at {self.url()}" if self._state in ("starting", "running") and self._hosting != "app" else ""
-        return f"<AsenaServer {self._state}{where}: {', '.join(self._site.paths) or 'no namespaces'}>"
+        away = ", other nodes out of reach" if self._state == "running" and not self.ready else ""
+        return f"<AsenaServer {self._state}{where}{away}: {', '.join(self._site.paths) or 'no namespaces'}>"
 
     def _repr_html_(self) -> str:
         namespaces = self._site.namespaces if self._state == "running" and self._hosting != "app" else {}

@@ -354,6 +354,8 @@ async def test_a_socket_of_another_node_can_be_moved_and_closed(make: Make) -> N
             await bob.recv()
         assert (caught.value.code, caught.value.reason) == (4001, "go")
         assert await a.cluster.disconnect(None, bob_id) is None
+        with pytest.raises(ValueError, match="1005"):
+            await a.cluster.disconnect(None, bob_id, 1005)
 
 
 async def test_the_inspector_sees_and_moves_sockets_of_every_node(make: Make) -> None:
@@ -536,7 +538,7 @@ async def test_an_on_gap_that_fails_stops_nothing(make: Make, caplog: pytest.Log
 
 
 def envelope(node: bytes = bytes(16), *, path: Any = "/chat", rooms: Any = ("x",), opcode: int = 1) -> bytes:
-    return pack(node, 1, Kind.MESSAGE, message_header(path, rooms, (), opcode, None), b"evil")
+    return pack(node, 1, Kind.MESSAGE, message_header(path, rooms, (), opcode), b"evil")
 
 
 FALSE: list[tuple[str, bytes]] = [
@@ -544,13 +546,13 @@ FALSE: list[tuple[str, bytes]] = [
     ("/chat#x", b"hello"),
     ("/chat#x", b"asn\x02" + envelope()[4:]),
     ("/chat#x", envelope()[:40]),
-    ("/chat#x", struct.pack(">4s16sQBI", b"asn\x01", bytes(16), 1, 1, 2**32 - 1)),
+    ("/chat#x", struct.pack(">4s16sQQBI", b"asn\x01", bytes(16), 1, 0, 1, 2**32 - 1)),
     ("/chat#x", envelope(rooms=("y",))),
     ("/chat#x", envelope(path="/news")),
     ("/chat#x", envelope(rooms=None)),
     ("/chat", envelope(rooms=("x",))),
     ("/chat#x", envelope(opcode=8)),
-    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, message_header("/chat", ("x",), (), 1, None), b"\xff")),
+    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, message_header("/chat", ("x",), (), 1), b"\xff")),
     ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b'{"path": "/chat"}', b"evil")),
     ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b"\x80\x04K\x01.", b"a pickle")),
     ("/chat#x", pack(bytes(16), 0, Kind.REQUEST, b'{"id": "1", "operation": "disconnect"}')),

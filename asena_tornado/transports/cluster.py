@@ -145,7 +145,7 @@ class Cluster:
         self._arrivals = Arrivals()
         self._subscribed: set[str] = set()
         self._announce: OrderedDict[str, int] = OrderedDict()  # channels used lately, and in how many beats to say so
-        self._message_ids = 0
+        self._copies = 0  # messages to several rooms, numbered
         self._delivered: OrderedDict[tuple[bytes, int], None] = OrderedDict()
         self._questions: dict[str, _Question] = {}
         self._located: OrderedDict[tuple[str, str], bytes] = OrderedDict()
@@ -188,8 +188,7 @@ class Cluster:
         if task is None:
             return
         task.cancel()
-        if self._serves:
-            self._beat(bye=True)
+        self._beat(bye=True)
         for question in self._questions.values():
             if not question.answered.done():
                 question.answered.set_exception(TransportError("the server is stopping"))
@@ -209,16 +208,17 @@ class Cluster:
         else:
             rooms = tuple(dict.fromkeys(rooms))
             channels = [channel_of(path, room) for room in rooms]
-        id = None
+        copy = 0
         if len(channels) > 1:
-            id = self._message_ids = self._message_ids + 1
-        header = message_header(path, rooms, excluded, message.opcode, id)
+            copy = self._copies = self._copies + 1
+        header = message_header(path, rooms, excluded, message.opcode)
         taken = True
         for channel in channels:
             number = self._sequences.next(channel)
             self._announce.pop(channel, None)
             self._announce[channel] = _ANNOUNCED_TIMES
-            if not self.transport.publish(channel, pack(self._id, number, Kind.MESSAGE, header, message.payload)):
+            payload = pack(self._id, number, Kind.MESSAGE, header, message.payload, copy=copy)
+            if not self.transport.publish(channel, payload):
                 taken = False
         while len(self._announce) > _ANNOUNCED:
             self._announce.popitem(last=False)
@@ -290,8 +290,8 @@ class Cluster:
             return
         if missed:
             self._gap(envelope.node, channel, missed)
-        if header.id is not None:
-            key = (envelope.node, header.id)
+        if envelope.copy:
+            key = (envelope.node, envelope.copy)
             if key in self._delivered:
                 return
             self._delivered[key] = None
@@ -361,7 +361,7 @@ class Cluster:
             question.look()
 
     def _beat(self, *, hello: bool = False, bye: bool = False, to: bytes | None = None) -> None:
-        if not self._serves and not hello:
+        if not (self._serves or hello or bye):
             return
         if to is not None:
             sequences = self._sequences.recent(_ANNOUNCED_TO_NEWCOMERS)
@@ -468,7 +468,9 @@ class Cluster:
     async def disconnect(
         self, path: str | None, socket_id: str, code: int = 1000, reason: str = "", *, timeout: float = 2.0
     ) -> bool | None:
-        """Close a socket: True, or None when nobody has it."""
+        """Close a socket: True, or None when nobody has it. Raises ``ValueError`` as `Socket.close` does."""
+        if not valid_close_code(code) or len(reason.encode()) > 123:
+            raise ValueError(f"no code and reason that a close frame may carry: {code}, {reason!r}")
         return await self._act("disconnect", path, socket_id, code=code, reason=reason, timeout=timeout)
 
     async def _act(

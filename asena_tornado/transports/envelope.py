@@ -19,10 +19,12 @@ from ..messages import BINARY, Message
 
 # The last byte is the version of the format.
 _MAGIC = b"asn\x01"
-_PREAMBLE = struct.Struct(">4s16sQBI")  # magic, node, sequence, kind, length of the header
+_PREAMBLE = struct.Struct(">4s16sQQBI")  # magic, node, sequence, copy, kind, length of the header
 _NODE = slice(4, 20)
 _REMEMBERED = 100_000  # channels whose sequence a publisher remembers
+_PUBLISHERS = 1000  # of one channel, whose sequence a receiver remembers
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
 
@@ -41,10 +43,14 @@ class Kind(IntEnum):
 
 
 class Envelope(NamedTuple):
-    """``sequence`` counts what the node published to the channel, from 1; 0 is not counted."""
+    """``sequence`` counts what the node published to the channel, from 1; 0 is not counted.
+
+    ``copy``: not 0 when the node published the message to several channels; the same in each.
+    """
 
     node: bytes
     sequence: int
+    copy: int
     kind: int
     header: bytes
     body: bytes
@@ -55,24 +61,20 @@ class _Header(BaseModel):
 
 
 class MessageHeader(_Header):
-    """A message for the members of ``rooms`` (None: for everybody), except sockets whose ids are ``excluded``.
-
-    ``id``: the same in each of the channels through which a message to several rooms travels.
-    """
+    """A message for the members of ``rooms`` (None: for everybody), except sockets whose ids are ``excluded``."""
 
     path: Name
     rooms: tuple[Name, ...] | None
     excluded: tuple[str, ...] = ()
     opcode: Literal[0x1, 0x2]
-    id: int | None = None
 
 
 class Beat(_Header):
     """A node is there. ``sockets``: how many, per namespace. ``sequences``: how far channels have come."""
 
     name: str
-    sockets: dict[str, int]
-    sequences: dict[str, int] = {}
+    sockets: dict[str, Count]
+    sequences: dict[str, Count] = {}
     serves: bool = True  # or only sends
     hello: bool = False  # it has just come, or come back: introduce yourselves
     bye: bool = False
@@ -104,9 +106,9 @@ class Reply(_Header):
     total: int = 0
 
 
-def pack(node: bytes, sequence: int, kind: Kind, header: bytes, body: bytes = b"") -> bytes:
+def pack(node: bytes, sequence: int, kind: Kind, header: bytes, body: bytes = b"", *, copy: int = 0) -> bytes:
     """The envelope's bytes."""
-    return _PREAMBLE.pack(_MAGIC, node, sequence, kind, len(header)) + header + body
+    return _PREAMBLE.pack(_MAGIC, node, sequence, copy, kind, len(header)) + header + body
 
 
 def is_from(payload: bytes, node: bytes) -> bool:
@@ -118,21 +120,19 @@ def unpack(payload: bytes) -> Envelope:
     """The envelope's parts, the header not parsed yet."""
     if len(payload) < _PREAMBLE.size:
         raise EnvelopeError("too short for an envelope")
-    magic, node, sequence, kind, length = _PREAMBLE.unpack_from(payload)
+    magic, node, sequence, copy, kind, length = _PREAMBLE.unpack_from(payload)
     if magic != _MAGIC:
         raise EnvelopeError("not an envelope of this version")
     end = _PREAMBLE.size + length
     if end > len(payload):
         raise EnvelopeError("the header is cut off")
-    return Envelope(node, sequence, kind, payload[_PREAMBLE.size : end], payload[end:])
+    return Envelope(node, sequence, copy, kind, payload[_PREAMBLE.size : end], payload[end:])
 
 
 @lru_cache(maxsize=1024)
-def message_header(
-    path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, id: int | None
-) -> bytes:
+def message_header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:
     """`MessageHeader` as JSON; most messages have the same as one before."""
-    return to_json({"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode, "id": id})
+    return to_json({"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode})
 
 
 @lru_cache(maxsize=1024)
@@ -199,13 +199,11 @@ class Arrivals:
 
     def arrived(self, channel: str, node: bytes, number: int) -> int | None:
         """How many are missing just before this one; None when this one is a duplicate, or late."""
-        of_channel = self._last.get(channel)
-        if of_channel is None:
-            of_channel = self._last[channel] = {}
+        of_channel = self._last.setdefault(channel, {})
         last = of_channel.get(node)
         if last is not None and number <= last and (number != 1 or last == 1):
             return None
-        of_channel[node] = number
+        self._note(of_channel, node, number)
         return 0 if last is None or number == 1 else number - last - 1
 
     def announced(self, channel: str, node: bytes, number: int) -> int:
@@ -213,8 +211,16 @@ class Arrivals:
         of_channel = self._last.setdefault(channel, {})
         last = of_channel.get(node)
         if last is None or number > last:
-            of_channel[node] = number
+            self._note(of_channel, node, number)
         return 0 if last is None else max(0, number - last)
+
+    @staticmethod
+    def _note(of_channel: dict[bytes, int], node: bytes, number: int) -> None:
+        # Whoever was heard last comes last: of publishers that come and go without a word, only so many are kept.
+        of_channel.pop(node, None)
+        of_channel[node] = number
+        if len(of_channel) > _PUBLISHERS:
+            del of_channel[next(iter(of_channel))]
 
     def forget_channel(self, channel: str) -> None:
         """It is not subscribed to any more."""
