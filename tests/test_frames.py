@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from itertools import pairwise, zip_longest
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -228,7 +228,8 @@ def test_a_message_that_was_under_way_when_it_was_held_is_finished_when_released
 @st.composite
 def _messages(draw: st.DrawFn) -> tuple[bytes, list[Any]]:
     """A valid stream and what is to come of it: fragments, compression, control frames in between."""
-    stream, expected = b"", []
+    stream = b""
+    expected: list[Any] = []
     for _ in range(draw(st.integers(1, 5))):
         data = draw(st.text(max_size=40) | st.binary(max_size=40)) * draw(st.sampled_from([1, 1, 2, 10, 200]))
         compressed = draw(st.booleans())
@@ -261,13 +262,13 @@ def test_holding_and_releasing_anywhere_changes_only_when_messages_come(sent, st
     events = Events()
     deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
     parser = FrameParser(events, max_message_size=10**6, inflater=deflate)
-    holds = [hold for _, hold in steps]
-    for chunk, hold in zip_longest(cut(stream, [place for place, _ in steps]), holds, fillvalue=False):
+    chunks = cut(stream, [place for place, _ in steps])
+    for chunk, hold in zip(chunks, cycle([hold for _, hold in steps] or [False]), strict=False):
         if hold:
             parser.held = True
         else:
             parser.release()
-        parser.feed(chunk or b"")
+        parser.feed(chunk)
     parser.release()
     assert events == expected
 

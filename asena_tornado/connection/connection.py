@@ -223,6 +223,7 @@ class Connection:
             self._close_timer = None
         self._keepalive.discard(self)
         self._end()
+        self._forget()
 
     # -- what is sent
 
@@ -396,6 +397,11 @@ class Connection:
         if self.state is ReadyState.OPEN:
             self._namespace.release(self.socket, self._code or 1006, self._reason)
 
+    def _forget(self) -> None:
+        """Once on_close has run and the TCP connection is gone too: whoever stops waits for both."""
+        if self._lost and self._task is None:
+            self._namespace.forget(self.socket)
+
     def _end(self) -> None:
         """No more messages will come. Let the handler finish what did come, but not for ever."""
         if self._wake is not None:
@@ -433,8 +439,8 @@ class Connection:
         finally:
             for task in self._background or ():
                 task.cancel()
-            self._namespace.forget(self.socket)
             self._task = None
+            self._forget()
 
     async def _serve_messages(self) -> None:
         socket = self.socket
