@@ -192,7 +192,7 @@ class Report:
             self._results.setdefault(m.case, {}).setdefault(m.peer, {})[m.round] = m.result
 
     def write(self, out: Path) -> None:
-        """`results.json`, `results.md` and, where matplotlib is, `results.svg` into the folder."""
+        """`results.json`, `results.md` and, if there is anything to compare, `results.svg` into the folder."""
         try:
             self._plot(out / "results.svg")
         except ImportError as error:
@@ -226,7 +226,7 @@ class Report:
         return statistics.median(ratios) if ratios else None
 
     def markdown(self) -> str:
-        lines = ["# Benchmarks", "", *(f"- {line}" for line in self.about), ""]
+        lines = ["# Benchmarks", "", *(f"- {line}" for line in [*self.about, *self._disturbance()]), ""]
         lines += ["## Medians", "", *self._medians(), "", "## Aims", "", *self._aims(), ""]
         for case in self.cases:
             lines += [f"## {case.title}", "", *self._details(case), ""]
@@ -236,6 +236,14 @@ class Report:
         if self.left_out:
             lines += ["## Left out", "", *(f"- {line}" for line in self.left_out), ""]
         return "\n".join(lines)
+
+    def _disturbance(self) -> list[str]:
+        results = [m.result for m in self._measurements if m.result is not None]
+        disturbed = sum(result.others_cpu > 0.25 for result in results)
+        if disturbed <= len(results) // 10:
+            return []
+        of = f"{disturbed} of {len(results)} measurements"
+        return [f"**In {of} something else used more than a quarter of a core: repeat this on a quiet machine.**"]
 
     def _medians(self) -> list[str]:
         names = [name for name in PEERS if any(name in of_case for of_case in self._results.values())]
@@ -257,44 +265,47 @@ class Report:
         return table(["case", "aim", "measured", "met"], rows)
 
     def _details(self, case: Case) -> list[str]:
+        """The peers in the case. What a second of the server's CPU does is steadier than a rate where cores are shared."""
+        is_rate = case.unit.endswith("/s")
+        is_time = case.unit == "µs"
         rows = []
         for peer in self.peers(case):
             results = list(self._results[case.name][peer].values())
             middle, least, most = self.values(case.name, peer)
-            to_baseline, to_ours = (self.ratio(case.name, peer, to) for to in (BASELINE, OURS))
-            tails = [result.tail for result in results if result.tail is not None]
-            servers = [result.server_cpu for result in results if result.server_cpu is not None]
-            rows.append([
-                peer,
-                number(middle),
-                f"{number(least)} – {number(most)}",
-                *([number(statistics.median(tails))] if case.kind in ("stamps", "round-trip") else []),
-                "–" if to_baseline is None else f"{to_baseline:.2f}",
-                "–" if to_ours is None else f"{to_ours:.2f}",
-                f"{statistics.median(servers):.0%}" if servers else "–",
-                f"{statistics.median(result.generator_cpu for result in results):.0%}"
-                + (" (the limit)" if any(result.generator_bound for result in results) else ""),
-                f"{statistics.median(result.others_cpu for result in results):.0%}",
-            ])  # fmt: skip
-        tail = ["99th percentile"] if case.kind in ("stamps", "round-trip") else []
-        return table(
-            ["", f"{case.unit}, median", "rounds", *tail, f"× {BASELINE}", f"× {OURS}",
-             "server CPU", "generator CPU", "other CPU"],
-            rows,
-        )  # fmt: skip
+            server_cpu = statistics.median(result.server_cpu or 0.0 for result in results)
+            row = [peer, number(middle), f"{number(least)} – {number(most)}"]
+            if is_time:
+                row.append(number(statistics.median(result.tail or 0.0 for result in results)))
+            for to in (BASELINE, OURS):
+                ratio = self.ratio(case.name, peer, to)
+                row.append("–" if ratio is None else f"{ratio:.2f}")
+            if is_rate:
+                row.append(number(statistics.median(r.value / (r.server_cpu or 1.0) for r in results)))
+            row.append(f"{server_cpu:.0%}")
+            row.append(f"{statistics.median(result.generator_cpu for result in results):.0%}")
+            row[-1] += " (the limit)" * any(result.generator_bound for result in results)
+            row.append(f"{statistics.median(result.others_cpu for result in results):.0%}")
+            rows.append(row)
+        header = ["", f"{case.unit}, median", "rounds", *["99th percentile"] * is_time, f"× {BASELINE}", f"× {OURS}"]
+        header += [*["per second of its CPU"] * is_rate, "server CPU", "generator CPU", "other CPU"]
+        return table(header, rows)
 
     def _plot(self, path: Path) -> None:
-        """One panel per case: bars are medians, lines go from the least to the most of the rounds."""
+        """One panel per case that has something to compare: bars are medians, lines the range of the rounds."""
         import matplotlib
 
         matplotlib.use("svg")
+        matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a tenth of the size
         from matplotlib import pyplot
 
-        rows = -(-len(self.cases) // 2)
+        cases = [case for case in self.cases if len(self.peers(case)) > 1]
+        if not cases:
+            return
+        rows = -(-len(cases) // 2)
         figure, axes = pyplot.subplots(rows, 2, figsize=(13, 0.6 + 2.9 * rows), squeeze=False, layout="constrained")
-        for panel in axes.flat[len(self.cases) :]:
+        for panel in axes.flat[len(cases) :]:
             panel.set_visible(False)
-        for panel, case in zip(axes.flat, self.cases, strict=False):
+        for panel, case in zip(axes.flat, cases, strict=False):
             peers = self.peers(case)
             values = [self.values(case.name, peer) for peer in peers]
             colours = [
