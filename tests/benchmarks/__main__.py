@@ -265,7 +265,7 @@ class Report:
         return table(["case", "aim", "measured", "met"], rows)
 
     def _details(self, case: Case) -> list[str]:
-        """The peers in the case. What a second of the server's CPU does is steadier than a rate where cores are shared."""
+        """The peers in the case. What a second of the server's CPU does is steadier than a rate on a shared machine."""
         is_rate = case.unit.endswith("/s")
         is_time = case.unit == "µs"
         rows = []
