@@ -39,6 +39,7 @@ from .http import (
     Response,
 )
 from .middlewares import RateLimit, RequestLog, TokenAuth
+from .namespace import Addressed
 from .options import WebSocketOptions
 from .server import AsenaServer
 from .service import AsenaWebSocketService, WebSocket
@@ -46,6 +47,7 @@ from .sockets import ReadyState, Socket, SocketData
 from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
 
 __all__ = [
+    "Addressed",
     "AsenaError",
     "AsenaServer",
     "AsenaWebSocketService",

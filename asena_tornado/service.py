@@ -84,8 +84,9 @@ class AsenaWebSocketService(Generic[T]):
     def to(self, room: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
         """Send to everybody in the room, or in any of several rooms (once each), except ``exclude``.
 
-        ``exclude`` holds sockets or their ids. Returns how many local sockets are addressed. May be called from
-        any thread. Raises `EncodeError`, `RoomNameError`, and `ServerStateError` when the server does not run.
+        ``exclude`` holds sockets or their ids. Returns how many local sockets are addressed; where there are other
+        nodes as an `Addressed`, which tells whether those get it too. May be called from any thread.
+        Raises `EncodeError`, `RoomNameError`, and `ServerStateError` when the server does not run.
         """
         return self._bound().to(room, data, exclude=exclude)
 

@@ -354,8 +354,9 @@ async def test_a_killed_connection_is_made_again_with_all_its_rooms(
         assert gaps == []
 
 
+@pytest.mark.parametrize("seconds", [0, pytest.param(5, marks=pytest.mark.slow)])
 async def test_a_paused_redis_delays_messages_and_nothing_else(
-    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture, seconds: int
 ) -> None:
     gaps: list[Gap] = []
     async with (
@@ -371,6 +372,7 @@ async def test_a_paused_redis_delays_messages_and_nothing_else(
             assert [await ann.recv() for _ in range(2000)] == [str(i) for i in range(2000)]
             await until(lambda: not a.ready and not b.ready)
             assert "no answer for more than" in caplog.text
+            await asyncio.sleep(seconds)
         finally:
             redis_server.signal(signal.SIGCONT)
         assert [await bob.recv() for _ in range(2000)] == [str(i) for i in range(2000)]

@@ -278,6 +278,8 @@ class Inspector:
         scope = self._scope()
         sockets, rooms = sum(len(n.sockets) for n in scope), sum(len(n.rooms) for n in scope)
         lines = [f"<{name}: {count(len(scope), 'namespace')}, {count(sockets, 'socket')}, {count(rooms, 'room')}>"]
+        if self._server.cluster is not None:
+            lines.append(f"  {self._server.cluster!r}")
         for n in scope[:_SHOWN]:
             sizes = [(room, len(n.index.members(room))) for room in tuple(n.rooms)[:10]]
             listed = ", ".join(f"{shown(room)!r} {size}" for room, size in sizes) + (", …" if len(n.rooms) > 10 else "")

@@ -244,12 +244,12 @@ def main() -> None:
             redis.stop()
     print(f"{options.rounds} rounds of {options.seconds:g} s, {os.cpu_count()} cores for all, Python "
           f"{sys.version.split()[0]}; load average {os.getloadavg()[0]:.1f}\n")  # fmt: skip
-    print("| | deliveries/s | × ours | latency, median | 99th percentile | versions |")
+    print("| | deliveries/s | ours with Redis is × | latency, median | 99th percentile | versions |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for name in names:
         if rows := results[name]:
             rate, median, tail = (statistics.median(column) for column in zip(*rows, strict=True))
-            ratios = [a[0] / b[0] for a, b in zip(rows, results.get(BASE, ()), strict=False)]
+            ratios = [ours[0] / row[0] for row, ours in zip(rows, results.get(BASE, ()), strict=False)]
             ratio = f"{statistics.median(ratios):.2f}" if ratios else "–"
             versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in PEERS[name].packages)
             print(f"| {name} | {rate:,.0f} | {ratio} | {median:,.0f} µs | {tail:,.0f} µs | {versions} |")
