@@ -31,6 +31,8 @@ log = logging.getLogger("asena_tornado")
 # What a handler may raise without anybody else taking notice. SystemExit would end the loop and so the server.
 _RAISED = (Exception, asyncio.CancelledError, SystemExit)
 
+_NOTHING_OWED: list[int] = []  # one for all, as most connections are idle; never appended to
+
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
 _JOIN_BELOW = 64 * 1024
 # How long a client that broke the protocol, or was told to go, may keep its half of the connection.
@@ -75,7 +77,7 @@ class Connection:
         "messages_in",
         "messages_out",
         "owed",
-        "owed_count",
+        "owed_counts",
         "owed_size",
         "ping_sent_at",
         "pinged_at",
@@ -123,8 +125,8 @@ class Connection:
         self._background: set[asyncio.Future[Any]] | None = None
         # Owed by the outbox, for the coming flush.
         self.owed: list[bytes] | None = None
+        self.owed_counts: list[int] = _NOTHING_OWED  # the messages in each
         self.owed_size = 0
-        self.owed_count = 0
         # What the inspector shows.
         self.messages_in = self.bytes_in = self.messages_out = self.bytes_out = self.dropped = 0
         self.round_trip_time: float | None = None
@@ -266,21 +268,19 @@ class Connection:
 
     def write_owed(self) -> None:
         """Hand over what the outbox gathered."""
-        owed, size, count = self.owed, self.owed_size, self.owed_count
-        self.owed, self.owed_size, self.owed_count = None, 0, 0
+        owed, counts, size = self.owed, self.owed_counts, self.owed_size
+        self.owed, self.owed_counts, self.owed_size = None, _NOTHING_OWED, 0
         if owed is None or self._lost:
             return
         if len(owed) == 1:
-            self.write(owed[0], count)
+            self.write(owed[0], counts[0])
         elif size <= _JOIN_BELOW:
-            self.write(b"".join(owed), count)
+            self.write(b"".join(owed), sum(counts))
         else:
-            for data in owed:
-                messages = _fitting(data, len(data))[1]
-                count -= messages
-                if not self.write(data, messages):
+            for at, data in enumerate(owed):
+                if not self.write(data, counts[at]):
                     # What is newer must not overtake what was dropped.
-                    self._overflow(count)
+                    self._overflow(sum(counts[at + 1 :]))
                     return
 
     @property

@@ -128,25 +128,32 @@ class Outbox:
         skipped = batch.excluded.get(connection.socket, ())
         return connection.owed_size + batch.size - sum(len(batch.messages[i].frame) for i in skipped)
 
-    def _owe(self, connection: Connection, data: bytes, count: int = 1) -> None:
+    def _owe(self, connection: Connection, data: bytes, count: int) -> None:
         if connection.owed is None:
             self._dirty.append(connection)
-            connection.owed = [data]
+            connection.owed, connection.owed_counts = [data], [count]
         else:
             connection.owed.append(data)
+            connection.owed_counts.append(count)
         connection.owed_size += len(data)
-        connection.owed_count += count
 
     def _deal(self, batch: Batch) -> None:
         made: dict[object, bytes] = {}
         count = len(batch.messages)
         excluded = batch.excluded
+        plain: bytes | None = None
         for socket in batch.members:
             connection = socket._connection
-            skipped = excluded.get(socket) if excluded else None
-            data = batch.share(connection, skipped, made)
-            if data:
-                self._owe(connection, data, count - len(skipped) if skipped else count)
+            if excluded and socket in excluded:
+                skipped = excluded[socket]
+                if len(skipped) < count:
+                    self._owe(connection, batch.share(connection, skipped, made), count - len(skipped))
+            elif connection.deflate is not None:
+                self._owe(connection, batch.share(connection, None, made), count)
+            else:
+                if plain is None:
+                    plain = batch.share(connection, None, made)
+                self._owe(connection, plain, count)
 
     def _tick(self) -> None:
         self._scheduled = False

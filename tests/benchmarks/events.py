@@ -62,7 +62,7 @@ async def main() -> None:
             line._inbox.clear()
             line._inbox_size = 0
             line._parser.held = False
-            line.owed, line.owed_size, line.owed_count = None, 0, 0
+            line.owed, line.owed_counts, line.owed_size = None, [], 0
             outbox._open, outbox._dirty = None, []
 
         ways: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
