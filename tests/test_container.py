@@ -95,9 +95,7 @@ def test_a_subclass_of_a_component_is_none_until_it_is_decorated_and_the_error_s
     class FastEmail(Email): ...
 
     assert component_of(FastEmail) is None
-    with pytest.raises(
-        InjectionError, match=r"FastEmail is no component: its base Email is a @Service.*above Fast"
-    ):
+    with pytest.raises(InjectionError, match=r"FastEmail is no component: its base Email is a @Service.*above Fast"):
         Container(FastEmail)
 
 
@@ -142,9 +140,7 @@ def test_a_decorator_for_classes_refuses_anything_else():
 
 
 def test_two_kinds_on_one_class_are_refused_as_the_one_would_hide_the_other():
-    with pytest.raises(
-        ConfigurationError, match="ChatSocket is already a @WebSocket and cannot also be a @Serv"
-    ):
+    with pytest.raises(ConfigurationError, match="ChatSocket is already a @WebSocket and cannot also be a @Serv"):
 
         @Service
         @websocket("/chat")
@@ -543,9 +539,7 @@ def test_a_component_with_the_name_of_a_provided_object_is_an_error():
 
     container = Container(Letter)
     container.provide(Courier, Courier())
-    with pytest.raises(
-        InjectionError, match=r"two components are named 'Courier': what was provided as .*Courier and"
-    ):
+    with pytest.raises(InjectionError, match=r"two components are named 'Courier': what was provided as .*Courier and"):
         container.build()
 
 
@@ -665,9 +659,7 @@ def test_an_unknown_name_is_an_error_that_names_the_field_and_suggests_a_close_o
         email = Inject("EmailServce")
 
     error = refusal(UserService, EmailService)
-    assert str(error).startswith(
-        "UserService.email: no component is named 'EmailServce'. Did you mean 'EmailService'?"
-    )
+    assert str(error).startswith("UserService.email: no component is named 'EmailServce'. Did you mean 'EmailService'?")
     assert "There is 'EmailService', 'UserService'." in str(error)
     assert (error.component, error.field) == ("UserService", "email")
 
@@ -680,9 +672,7 @@ def test_an_unknown_name_that_is_a_class_name_is_told_the_right_one():
     class UserService:
         email = Inject("EmailService")
 
-    assert "The class EmailService is a component under the name 'Mail'." in str(
-        refusal(UserService, EmailService)
-    )
+    assert "The class EmailService is a component under the name 'Mail'." in str(refusal(UserService, EmailService))
 
 
 def test_an_error_deep_down_shows_the_path_to_it():
@@ -764,9 +754,7 @@ def test_an_abstract_component_is_not_constructed():
         @abstractmethod
         def load(self) -> str: ...
 
-    assert "Storage is abstract and cannot be constructed: list a component that derives" in str(
-        refusal(Storage)
-    )
+    assert "Storage is abstract and cannot be constructed: list a component that derives" in str(refusal(Storage))
 
 
 def test_what_a_constructor_raises_comes_through_with_a_note():
@@ -840,9 +828,7 @@ def test_a_cycle_among_services_suggests_a_third_component_or_ulak():
     class Entry:
         c = Inject(C)
 
-    with pytest.raises(
-        CircularDependencyError, match=r'third component.*Inject\(ulak\("/path"\)\)'
-    ) as caught:
+    with pytest.raises(CircularDependencyError, match=r'third component.*Inject\(ulak\("/path"\)\)') as caught:
         built(Entry, A, B)
     assert "first: A.b -> B.c -> C.a -> A." in str(caught.value)
     assert caught.value.cycle == ("A", "B", "C", "A")
