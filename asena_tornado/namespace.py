@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
@@ -110,7 +110,7 @@ def normalize_path(path: object) -> str:
 
 
 class SocketsView(Mapping[str, Socket[Any]]):
-    """A live, read-only mapping of id to socket."""
+    """A live, read-only mapping of id to socket. Iterating goes over those who were there when it began."""
 
     __slots__ = ("_sockets",)
 
@@ -128,6 +128,14 @@ class SocketsView(Mapping[str, Socket[Any]]):
 
     def __len__(self) -> int:
         return len(self._sockets)
+
+    # As they are now: some may leave while these are gone through.
+
+    def values(self) -> ValuesView[Socket[Any]]:
+        return self._sockets.copy().values()
+
+    def items(self) -> ItemsView[str, Socket[Any]]:
+        return self._sockets.copy().items()
 
     def __repr__(self) -> str:
         return f"<{len(self)} socket{'' if len(self) == 1 else 's'}>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, KeysView, Mapping, Set
+from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, Set, ValuesView
 from typing import Any, Generic, TypeVar
 
 from .errors import RoomNameError
@@ -69,6 +69,10 @@ class RoomIndex(Generic[Member]):
             together.update(self.members(room).copy())
         return together
 
+    def copy(self) -> dict[str, dict[Member, None]]:
+        """The rooms there are now, each with its members, live: not to be changed."""
+        return self._members.copy()
+
     @property
     def names(self) -> KeysView[str]:
         """A live, read-only view of the names of all rooms."""
@@ -104,7 +108,7 @@ class MembersView(Set[Member]):
 
 
 class RoomsView(Mapping[str, MembersView[Member]]):
-    """A live, read-only mapping of room to its members."""
+    """A live, read-only mapping of room to its members. Iterating goes over the rooms there were when it began."""
 
     __slots__ = ("_index",)
 
@@ -125,6 +129,17 @@ class RoomsView(Mapping[str, MembersView[Member]]):
 
     def __len__(self) -> int:
         return len(self._index.names)
+
+    # As they are now: some may vanish while these are gone through.
+
+    def values(self) -> ValuesView[MembersView[Member]]:
+        return dict(self._now()).values()
+
+    def items(self) -> ItemsView[str, MembersView[Member]]:
+        return dict(self._now()).items()
+
+    def _now(self) -> Iterator[tuple[str, MembersView[Member]]]:
+        return ((room, MembersView(members)) for room, members in self._index.copy().items())
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{room!r}: {len(self._index.members(room))}" for room in tuple(self)[:20])

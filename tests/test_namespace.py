@@ -211,6 +211,22 @@ async def test_on_close_still_sees_its_rooms_and_may_publish_and_then_every_trac
         ann.unsubscribe("b")
 
 
+async def test_sockets_may_go_while_their_mapping_is_gone_through() -> None:
+    async with AsenaServer(Rooms, port=0) as server:
+        service = service_of(server)
+        for _ in range(3):
+            await enter(server, "r")
+        for going_through in (service.sockets.values(), service.sockets.items(), service.rooms["r"]):
+            assert [service.in_("x") for _ in going_through] == [3, 3, 3]
+        seen = []
+        for socket in service.sockets.values():
+            seen.append(socket)
+            for other in service.sockets.values():
+                other.terminate()
+        assert len(seen) == 3
+        assert not service.sockets
+
+
 async def test_the_clients_may_go_while_others_publish_to_them() -> None:
     async with AsenaServer(Rooms, port=0) as server:
         service = service_of(server)

@@ -80,6 +80,16 @@ def test_the_body_of_a_loop_may_change_what_it_goes_over(index: RoomIndex[str]) 
     assert len(view) == 0
 
 
+def test_rooms_may_vanish_while_their_items_are_gone_through(index: RoomIndex[str]) -> None:
+    view = RoomsView(index)
+    seen = []
+    for room, members in view.items():
+        seen.append((room, len(members)))
+        index.leave("bob", "b")
+    assert seen == [("a", 2), ("b", 0)]
+    assert [list(members) for members in view.values()] == [["ann", "bob"]]
+
+
 def test_reprs_are_bounded(index: RoomIndex[str]) -> None:
     assert repr(RoomsView(index)) == "<rooms {'a': 2, 'b': 1}>"
     assert repr(MembersView(index.members("a"))) == "<2 members>"
