@@ -463,6 +463,8 @@ class Connection:
                 except _RAISED as error:
                     await self._handler_failed(error)
                 if not inbox and self._parser.held:
+                    # A chunk may hold thousands of messages: others get their turn in between.
+                    await asyncio.sleep(0)
                     self._release()
             if self._stopping:
                 return
