@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import struct
 import threading
 import uuid
@@ -244,6 +245,59 @@ async def test_each_client_receives_in_the_order_in_which_a_node_published(make:
         for i in range(1000):
             (chat(a).in_ if i % 3 == 0 else lambda data: chat(a).to("xy"[i % 2], data))(str(i))  # noqa: B023
         assert await received(a, bob) == [[str(i) for i in range(1000)]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_happens_each_client_receives_what_one_big_server_would_have_sent(make: Make, seed: int) -> None:
+    rng = random.Random(seed)
+    rooms = ["a", "b", "c", "d"]
+    async with cluster_of(make, 3) as servers:
+        joined = [(server, *await join(server)) for server in servers for _ in range(4)]
+        membership: dict[str, set[str]] = {id: set() for _, _, id in joined}
+        expected: dict[str, dict[str, list[str]]] = {id: {str(n): [] for n in range(3)} for id in membership}
+
+        async def settle() -> None:
+            for server in (*servers, *servers):
+                await server.cluster.transport.sync()
+            await asyncio.sleep(0)
+
+        for number in range(300):
+            server, client, id = rng.choice(joined)
+            socket = server.namespaces["/chat"].sockets[id]
+            room, several = rng.choice(rooms), rng.sample(rooms, rng.randint(1, 4))
+            spared = {each for _, _, each in rng.sample(joined, rng.randint(0, 3))}
+            message = f"{servers.index(server)} {number}"
+            match rng.choice(["join", "leave", "to", "in_", "publish", "publish"]):
+                case "join":
+                    await settle()
+                    socket.subscribe(room)
+                    membership[id].add(room)
+                    await settle()
+                    continue
+                case "leave":
+                    await settle()
+                    socket.unsubscribe(room)
+                    membership[id].discard(room)
+                    await settle()
+                    continue
+                case "to":
+                    chat(server).to(several, message, exclude=spared)
+                    addressed = {each for each, its in membership.items() if its & set(several)} - spared
+                case "in_":
+                    chat(server).in_(message, exclude=iter(spared))
+                    addressed = set(membership) - spared
+                case _:
+                    socket.publish(room, message)
+                    addressed = {each for each, its in membership.items() if room in its} - {id}
+            for each in addressed:
+                expected[each][message[0]].append(message)
+        await settle()
+        for _, client, id in joined:
+            total = sum(map(len, expected[id].values()))
+            messages = [str(await client.recv()) for _ in range(total)]
+            assert {n: [m for m in messages if m[0] == n] for n in expected[id]} == expected[id]
+        assert await received(servers[0], *[client for _, client, _ in joined]) == [[]] * len(joined)
+        assert [server.cluster.missed for server in servers] == [0, 0, 0]
 
 
 async def test_what_on_close_publishes_while_a_node_stops_reaches_the_others(make: Make) -> None:
