@@ -368,21 +368,25 @@ class Upgrade(WebSocketProtocol):
 
 def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes) -> tuple[Channel, bytes]:
     """Answer, and make the connection ours; returns what the client sent early along with it."""
+    if stream.closed():
+        raise StreamClosedError
     stream.set_nodelay(True)
     if isinstance(stream, SSLIOStream) or not hasattr(loop, "add_reader"):
         channel = StreamChannel(stream)
         channel.write(answer)
         return channel, b""
-    # Only public calls: a partial read gives what the stream has buffered, in one piece; then a duplicate of the
-    # descriptor outlives the stream.
-    early = asyncio.ensure_future(stream.read_bytes(stream.max_buffer_size, partial=True))
+    # A partial read gives what the stream has buffered, in one piece. To ask in vain would register with the poller,
+    # hence the look at a private attribute; a Tornado without it is asked.
     received = b""
-    if early.done():
-        received = early.result()
-    else:
-        early.add_done_callback(lambda read: read.cancelled() or read.exception())
-    sock = stream.socket.dup()
-    stream.close()
+    if getattr(stream, "_read_buffer_size", 1):
+        early = asyncio.ensure_future(stream.read_bytes(stream.max_buffer_size, partial=True))
+        if early.done():
+            received = early.result()
+        else:
+            early.add_done_callback(lambda read: read.cancelled() or read.exception())
+    # The stream is forgotten, not closed: a closed one would take the socket along.
+    stream.io_loop.remove_handler(stream.fileno())
+    sock = stream.socket
     plain = SocketChannel(loop, sock)
     plain.write(answer)
     return plain, received
