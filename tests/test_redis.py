@@ -300,6 +300,26 @@ async def test_redis_may_come_after_the_servers(redis_server: RedisServer, prefi
         redis_server.start()
 
 
+async def test_a_redis_that_hangs_keeps_no_server_from_starting_and_stopping(
+    redis_server: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_transport, "_PATIENCE", 0.1)
+    redis_server.signal(signal.SIGSTOP)
+    try:
+        async with node(RedisTransport(redis_server.url, prefix=prefix)) as server:
+            assert not server.ready
+            client = await join(server, "x")
+            to(server, "x", "1")
+            assert await client.recv() == "1"
+        async with node(RedisTransport(redis_server.url, prefix=prefix)) as server:
+            redis_server.signal(signal.SIGCONT)
+            await until(lambda: server.ready)
+            redis_server.signal(signal.SIGSTOP)
+            to(server, "x", "2")
+    finally:
+        redis_server.signal(signal.SIGCONT)
+
+
 async def test_a_restart_of_redis_interrupts_and_every_loss_is_counted(
     redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0  # seconds between attempts to connect
 _BATCH_BYTES = 256 * 1024  # of one pipeline, so that its answer comes within a fraction of the time limit
 _BATCH_MESSAGES = 1000
 _TURN = 100  # messages taken in before everything else on the loop has its turn
+_PATIENCE = 3.0  # seconds that starting waits for a Redis that does not answer
 _DRAIN = 1.0  # seconds that stopping waits for what was published before
 
 
@@ -388,11 +389,15 @@ class _Line:
         self._heard_at = 0.0
 
     async def start(self, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
-        """Returns after the first attempt; raises `ConfigurationError` when no other can succeed either."""
+        """Returns after the first attempt, or three seconds; raises `ConfigurationError` if none can succeed."""
         first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tried = first
         self._task = asyncio.get_running_loop().create_task(self._keep(session))
-        await first
+        done, _ = await asyncio.wait([first], timeout=_PATIENCE)
+        if done:
+            first.result()
+        else:
+            first.cancel()  # the attempt goes on; whatever comes of it is no error of the start any more
 
     async def stop(self) -> None:
         """Disconnect."""
