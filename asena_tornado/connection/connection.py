@@ -326,7 +326,7 @@ class Connection:
     # -- closing
 
     def close(self, code: int = 1000, reason: str = "", *, patience: float | None = None) -> None:
-        """Begin the close handshake; the client has ``patience`` (by default ``close_timeout``) seconds to answer."""
+        """Begin the close handshake; the client has ``close_timeout`` seconds to answer, at most ``patience``."""
         if self.state is not ReadyState.OPEN:
             if self.state is ReadyState.CLOSING and patience is not None:
                 self._set_close_timer(patience)
@@ -336,7 +336,7 @@ class Connection:
         self._inbox_size = 0
         self._send_close(code.to_bytes(2, "big") + reason.encode())
         if patience is not None:
-            self._set_close_timer(patience)
+            self._set_close_timer(min(patience, self._options.close_timeout))
         # Whatever was held back is no longer wanted, but the client's close frame is.
         self._release()
 
@@ -368,7 +368,7 @@ class Connection:
         self.channel.shut()
         self._resume()
         self._end()
-        self._set_close_timer(_LINGER)
+        self._set_close_timer(min(_LINGER, self._options.close_timeout))
 
     def _send_close(self, payload: bytes) -> None:
         self._leave()
