@@ -5,6 +5,7 @@ import logging
 from .broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
 from .client import Client, connect
 from .container import Inject, Service
+from .controllers import Controller, Delete, Get, Patch, Post, Put
 from .errors import (
     AsenaError,
     CircularDependencyError,
@@ -25,19 +26,7 @@ from .errors import (
     UlakError,
     UlakErrorCode,
 )
-from .http import (
-    Context,
-    Controller,
-    Delete,
-    Get,
-    Middleware,
-    MiddlewareService,
-    Next,
-    Patch,
-    Post,
-    Put,
-    Response,
-)
+from .http import Context, Middleware, MiddlewareService, Next, Response
 from .middlewares import RateLimit, RequestLog, TokenAuth
 from .namespace import Addressed
 from .options import WebSocketOptions

@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, StringConstraints
 
 from .container import Service
-from .http import Context, Controller, Get, Response
+from .controllers import Controller, Get
+from .http import Context, Response
 from .server import AsenaServer
 from .service import AsenaWebSocketService, WebSocket
 from .sockets import Socket

@@ -25,9 +25,10 @@ from tornado.web import Application
 from .broker import Ulak
 from .client import Client, connect
 from .connection import Endpoint, Front, websocket_routes
+from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import LoopDoor, LoopThread, in_empty_context, listen, new_event_loop, run_nested, running_loop, waking
-from .http import ControllerHandler, Origins, Refusal
+from .http import Origins, Refusal
 from .inspector import Desk, Inspector, View, page_routes
 from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions

@@ -12,9 +12,10 @@ from typing import Any
 from .broker import Ulak
 from .connection import Endpoint, Outbox
 from .container import Container, component_of
+from .controllers import Controllers
 from .errors import ConfigurationError
 from .hosting import LoopDoor
-from .http import Chain, Controllers, Origins
+from .http import Chain, Origins
 from .inspector import SocketSnapshot
 from .namespace import Namespace, serving
 from .options import WebSocketOptions
