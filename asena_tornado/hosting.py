@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
-from .errors import PortInUseError, ServerStateError
+from .errors import ConfigurationError, PortInUseError, ServerStateError
 
 log = logging.getLogger("asena_tornado")
 _BACKLOG = 1024  # connections that may wait to be accepted
@@ -277,14 +277,20 @@ def _why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
 def listen(port: int, address: str | None) -> list[socket.socket]:
     """Sockets that listen at the address (None: every interface), all on one port; 0 picks one. All or none.
 
-    Raises `PortInUseError` when somebody else listens there.
+    Raises `PortInUseError` when somebody else listens there, `ConfigurationError` when it is not this machine's.
     """
-    found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    nowhere = f'cannot listen on {address!r}, which is no address of this machine: "localhost" is, None is all of them'
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigurationError(nowhere) from error
     places = sorted({(family, place) for family, _, _, _, place in found})
     for attempt in range(5):
         try:
             return _listeners(places, port)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigurationError(nowhere) from error
             if error.errno != errno.EADDRINUSE:
                 raise
             if port == 0 and attempt < 4:

@@ -362,6 +362,22 @@ class Namespace:
                 call()
 
     @property
+    def is_open(self) -> bool:
+        """Whether its server runs."""
+        try:
+            self.door.inside()
+        except ServerStateError:
+            return False
+        return True
+
+    def forget_everybody(self) -> None:
+        """In a forked child: the sockets are the parent's."""
+        self._by_id.clear()
+        self._everyone.clear()
+        self._leaving.clear()
+        self.index.clear()
+
+    @property
     def empty(self) -> bool:
         """Whether no socket is left and every ``on_close`` has run."""
         return not self._everyone and not self._leaving

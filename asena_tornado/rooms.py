@@ -69,6 +69,11 @@ class RoomIndex(Generic[Member]):
             together.update(self.members(room).copy())
         return together
 
+    def clear(self) -> None:
+        """Nobody is anywhere any more."""
+        self._members.clear()
+        self._rooms.clear()
+
     def copy(self) -> dict[str, dict[Member, None]]:
         """The rooms there are now, each with its members, live: not to be changed."""
         return self._members.copy()

@@ -84,8 +84,9 @@ class AsenaServer:
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
         if not isinstance(options, WebSocketOptions | None):
             raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
-        if not 0 <= port <= 65535:
-            raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port}")
+        given: object = port  # whatever the annotation says
+        if not isinstance(given, int) or not 0 <= port <= 65535:
+            raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port!r}")
         if max_body_size < 0:
             raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
         self._wanted_port = port
@@ -378,8 +379,9 @@ class AsenaServer:
         if self._hosting != "app":
             self._listeners = listen(self._wanted_port, self._address)
             self._port = self._listeners[0].getsockname()[1]
-        self._door = LoopDoor(asyncio.get_running_loop())
-        self._site.open(self._door)
+        door = LoopDoor(asyncio.get_running_loop())
+        self._site.open(door)
+        self._door = door
 
     async def _open(self) -> None:
         """In a task of its own, which a stop cancels."""
@@ -698,6 +700,7 @@ def _close_in_child() -> None:
         for namespace in server._site.namespaces.values():
             for socket in (*namespace.sockets.values(), *namespace.leaving):
                 socket._connection.channel.close_in_child()
+            namespace.forget_everybody()
         # Nor may it try to stop what only the parent has.
         if server._door is not None:
             server._door.shut()

@@ -155,6 +155,9 @@ def WebSocket(
     if not isinstance(path, str):
         raise ConfigurationError('@WebSocket needs a path: @WebSocket("/chat")')
     normal = normalize_path(path)
+    given_options: object = options  # whatever the annotation says
+    if not isinstance(given_options, WebSocketOptions | None):
+        raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says

@@ -89,7 +89,8 @@ class Site:
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
                 namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
                 namespaces[spec.path] = namespace
-                bind(instance, namespace)
+                if instance._namespace is None:
+                    bind(instance, namespace)
                 if spec.middlewares:
                     where = f"the handshake of {spec.path}"
                     self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where, self._owner)
@@ -116,6 +117,15 @@ class Site:
     def open(self, door: LoopDoor) -> None:
         """Let namespaces and Ulak send through the door, on its loop; needs no waiting."""
         self.build()
+        for namespace in self.namespaces.values():
+            service = namespace.hooks.service
+            other = service._namespace
+            if other is not None and other is not namespace and other.is_open:
+                raise ConfigurationError(
+                    f"this {type(service).__name__} serves another server already; pass the class, so that each "
+                    "server makes an instance of its own, or another instance"
+                )
+            bind(service, namespace)
         self._outbox = Outbox(door.loop)
         self._open_namespaces(door)
 

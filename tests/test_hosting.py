@@ -542,7 +542,7 @@ def test_a_forked_child_holds_neither_the_port_nor_the_connections() -> None:
         try:
             server.call(int)
         except Exception as error:
-            say("child:", error)
+            say("child:", error, len(server.namespaces["/x"].sockets))
         server.stop()
         os.read(end, 1)
         sys.exit(0)  # through atexit, which must not wait for a loop that only the parent has
@@ -559,7 +559,7 @@ def test_a_forked_child_holds_neither_the_port_nor_the_connections() -> None:
         with connect_sync(script.line()) as client:
             assert client.recv() == "welcome"
             script.tell()
-            assert script.line() == "child: the server has stopped: call server.start() again"
+            assert script.line() == "child: the server has stopped: call server.start() again 0"
             script.tell()
             with pytest.raises(WebsocketsClosed) as closed:
                 client.recv()

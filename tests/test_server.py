@@ -366,6 +366,7 @@ async def test_a_server_that_is_still_starting_can_be_stopped(hosting: str) -> N
     [
         ({"port": -1}, "a port is a number from 0"),
         ({"port": 70000}, "a port is a number from 0"),
+        ({"port": "3000"}, "a port is a number from 0 .* not '3000'"),
         ({"allowed_origins": "http://a"}, r"allowed_origins is a list: \['http://a'\]"),
         ({"options": {"max_sockets": 1}}, "options takes a WebSocketOptions"),
     ],
@@ -373,6 +374,28 @@ async def test_a_server_that_is_still_starting_can_be_stopped(hosting: str) -> N
 def test_arguments_that_cannot_work_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         AsenaServer(Echo, **arguments)
+
+
+@pytest.mark.parametrize("address", ["nowhere.invalid", "192.0.2.1"])
+def test_an_address_of_another_machine_is_refused(address: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"cannot listen on '{address}', which is no address of this machine"):
+        AsenaServer(Echo, port=0, address=address).start()
+
+
+async def test_an_instance_serves_one_server_at_a_time() -> None:
+    service = Echo()
+    one, two = AsenaServer(service, port=0), AsenaServer(service, port=0)
+    with one:
+        with pytest.raises(ConfigurationError, match="this Echo serves another server already; pass the class"):
+            two.start()
+        client = await one.connect("/x")
+        await client.send("hello")
+        await client.recv()
+        assert service.in_("still here") == 1
+        await client.close()
+    with two:
+        assert service._namespace is two.namespaces["/x"]
+        await echo(two)
 
 
 def test_starting_it_otherwise_while_it_runs_is_an_error() -> None:

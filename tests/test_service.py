@@ -523,5 +523,7 @@ def test_options_refuse_unknown_names_and_impossible_values() -> None:
     for wrong in ({"max_sokets": 1}, {"max_sockets": 0}, {"ping_interval": -1}, {"slow_client_policy": "panic"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             WebSocketOptions(**wrong)
+    with pytest.raises(ConfigurationError, match=r"options takes a WebSocketOptions\(…\), not {'max_sockets': 1}"):
+        WebSocket("/x", options={"max_sockets": 1})  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ValueError, match="frozen"):
         WebSocketOptions().max_sockets = 3
