@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..messages import Message
@@ -33,7 +34,9 @@ class Batch:
         self.excluded: dict[Socket, list[int]] = {}
         self.size = 0
 
-    def share(self, connection: Connection, skipped: list[int] | None, made: dict[object, bytes]) -> bytes:
+    def share(
+        self, connection: Connection, skipped: list[int] | None, made: dict[object, tuple[bytes, list[int]]]
+    ) -> bytes:
         """The bytes one member is owed. ``made`` keeps what others can share, by their encoding."""
         deflate = connection.deflate
         if deflate is None:
@@ -44,21 +47,22 @@ class Batch:
             return b"".join(
                 [deflate.frame(m) for i, m in enumerate(self.messages) if skipped is None or i not in skipped]
             )
-        whole = made.get(key)
-        if whole is None:
+        shared = made.get(key)
+        if shared is None:
             frames = [m.frame if deflate is None else deflate.frame(m) for m in self.messages]
-            whole = made[key] = frames[0] if len(frames) == 1 else b"".join(frames)
+            whole = frames[0] if len(frames) == 1 else b"".join(frames)
+            # Where each frame ends: in a chat every member skips something else.
+            shared = made[key] = (whole, [*accumulate(map(len, frames))] if self.excluded else [])
+        whole, ends = shared
         if skipped is None:
             return whole
+        view = memoryview(whole)
         parts = []
-        start = at = 0
-        for i, message in enumerate(self.messages):
-            size = len(message.frame if deflate is None else deflate.frame(message))
-            if i in skipped:
-                parts.append(whole[start:at])
-                start = at + size
-            at += size
-        parts.append(whole[start:])
+        start = 0
+        for i in skipped:
+            parts.append(view[start : ends[i - 1] if i else 0])
+            start = ends[i]
+        parts.append(view[start:])
         return b"".join(parts)
 
 
@@ -138,7 +142,7 @@ class Outbox:
         connection.owed_size += len(data)
 
     def _deal(self, batch: Batch) -> None:
-        made: dict[object, bytes] = {}
+        made: dict[object, tuple[bytes, list[int]]] = {}
         count = len(batch.messages)
         excluded = batch.excluded
         plain: bytes | None = None
@@ -171,7 +175,7 @@ class Outbox:
                 connection.write_owed()
 
     def _write_batch(self, batch: Batch) -> None:
-        made: dict[object, bytes] = {}
+        made: dict[object, tuple[bytes, list[int]]] = {}
         count = len(batch.messages)
         excluded = batch.excluded
         plain: bytes | None = None
