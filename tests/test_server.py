@@ -591,6 +591,13 @@ async def test_one_more_than_max_sockets_is_refused_with_503(per_namespace: bool
         assert len(service_of(server).sockets) == 2
 
 
+async def test_max_sockets_holds_when_all_come_at_once() -> None:
+    async with AsenaServer(Echo, port=0, options=WebSocketOptions(max_sockets=3)) as server:
+        results = await asyncio.gather(*(server.connect("/x") for _ in range(20)), return_exceptions=True)
+        assert sum(isinstance(result, HandshakeRefused) for result in results) == 17
+        assert len(service_of(server).sockets) == 3
+
+
 async def test_a_namespace_s_own_options_go_before_the_server_s() -> None:
     mine = WebSocketOptions(max_message_size=10)
     small = WebSocket("/small", options=mine)(type("Small", (Echo,), {}))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import logging
 import pickle
 import socket as sockets
@@ -495,6 +496,21 @@ async def test_a_handler_whose_client_goes_meanwhile_may_finish(caplog: pytest.L
         assert list(service.rooms) == ["room"]
     assert [r.levelname for r in caplog.records if "client went away" in r.getMessage()] == ["INFO"]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_hook_that_has_not_begun_when_its_socket_ends_is_dropped_in_silence() -> None:
+    async def on_ping(self: Recorder, ws: Socket) -> None:
+        raise AssertionError("must not begin")
+
+    def on_message(self: Recorder, ws: Socket, message: str) -> None:
+        ws._connection.ping_received(b"")
+        ws.terminate()
+
+    async with serving(recorder(on_message=on_message, on_ping=on_ping)) as (server, service):
+        client, _ = await enter(server, service)
+        await client.send("x")
+        assert await service.log.get() == ("close", 1006, "")
+        gc.collect()  # what was dropped with a warning would fail the test here
 
 
 @pytest.mark.parametrize("close", [Socket.close, Socket.terminate])

@@ -8,7 +8,7 @@ import logging
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMessageError, SocketClosedError
@@ -521,14 +521,18 @@ class Connection:
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):
-            self._in_background(self._run(lambda: result))
+            task = self._in_background(self._run(lambda: result))
+            if iscoroutine(result):
+                # Ended along with its socket, it may not even have begun; that is no reason for a warning.
+                task.add_done_callback(lambda _: result.close())
 
-    def _in_background(self, work: Awaitable[Any]) -> None:
+    def _in_background(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
         task = asyncio.ensure_future(work)
         if self._background is None:
             self._background = set()
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     def _release(self) -> None:
         """The inbox is empty again: parse what was held back, and read on."""
