@@ -570,6 +570,8 @@ async def test_joining_late_starting_late_and_restarting_are_no_losses(make: Mak
                 assert await bob.recv() == "1"
                 b.namespaces["/chat"].sockets[bob_id].unsubscribe("x")
                 chat(a).to("x", "not for bob")
+                await a.cluster.transport.sync()
+                await b.cluster.transport.sync()
             bob, _ = await join(b, "x")
             await a.aclose()
             await a.__aenter__()
