@@ -300,6 +300,42 @@ def test_when_a_slow_client_is_closed_it_has_got_everything_up_to_some_message(s
     assert service.next()[:2] == ("close", 1013)
 
 
+def test_pings_reach_a_client_to_which_no_message_gets_through(serve, wires):
+    server, service = serve(max_buffered_bytes=100_000, slow_client_policy="drop")
+    wire, socket = enter(wires, server, service, receive_buffer=4096)
+
+    async def overrun() -> None:
+        while socket.send(b"x" * 1000):  # noqa: ASYNC110
+            await asyncio.sleep(0)  # the system's buffers fill up as the loop writes
+        for i in range(20):
+            socket.ping(str(i).encode())
+            service.to("room", b"x" * 1000)
+
+    server.call(overrun)
+    taken = socket._connection.messages_out
+    assert socket._connection.dropped == 21
+    frames = [wire.read_frame() for _ in range(taken + 20)]
+    assert frames == [(0x82, b"x" * 1000)] * taken + [(0x89, str(i).encode()) for i in range(20)]
+
+
+def test_who_reads_slowly_but_reads_is_not_held_to_be_dead(serve, wires):
+    server, service = serve(ping_interval=0.05, ping_timeout=0.5)
+    wire, socket = enter(wires, server, service, receive_buffer=100_000)
+    socket.send(bytes(50_000_000))
+    clock = socket._connection._keepalive
+    until(server, lambda: socket._connection.ping_sent_at is not None)
+    begun = clock.now
+    while clock.now < begun + 1.2:
+        last, waiting = clock.now, socket.buffered_amount
+        # The system's own buffers have to be emptied a little before it takes more.
+        while socket.buffered_amount == waiting:
+            wire._read_more()
+        until(server, lambda: clock.now > last + 0.1)  # noqa: B023  # called at once
+    assert socket.ready_state is ReadyState.OPEN
+    assert socket._connection.ping_sent_at is not None
+    assert len(wire.read()) == 50_000_000
+
+
 def test_one_message_is_taken_however_long_when_nothing_waits(serve, wires):
     server, service = serve(max_buffered_bytes=1000)
     wire, socket = enter(wires, server, service)

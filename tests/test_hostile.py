@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import socket
@@ -397,6 +398,21 @@ def test_memory_stays_bounded(server, wires, attack, megabytes):
     finally:
         tracemalloc.stop()
     assert peak - before < megabytes * 1024 * 1024
+
+
+def test_a_flood_of_pings_does_not_become_a_flood_of_tasks(wires):
+    @WebSocket("/x", options=WebSocketOptions(max_queued_messages=10, close_timeout=0.05))
+    class Hanging(Echo):
+        async def on_ping(self, ws):
+            await asyncio.Event().wait()
+
+    with AsenaServer(Hanging, port=0) as server:
+        wire = wires.connect(server, "/x")
+        wire.write(wire.frame(9) * 1000)
+        for _ in range(1000):
+            assert wire.read_frame() == (0x8A, b"")
+        assert server.call(lambda: len(asyncio.all_tasks())) < 20
+        wire.echo()
 
 
 def test_a_flood_from_another_thread_stops_nobody(server, wires):

@@ -35,6 +35,7 @@ class ChannelOwner(Protocol):
 
     def data_received(self, data: bytes) -> None: ...
     def channel_lost(self, error: Exception | None) -> None: ...
+    def channel_progressed(self) -> None: ...
     def channel_drained(self) -> None: ...
 
 
@@ -141,6 +142,8 @@ class SocketChannel:
             self._lost(error)
             return
         self.waiting -= sent
+        if self._owner is not None:
+            self._owner.channel_progressed()
         while sent:
             first = backlog[0]
             if sent < len(first):
@@ -274,8 +277,10 @@ class StreamChannel:
         if future.cancelled() or future.exception() is not None or self._gone:
             return
         self.waiting -= self._unsent.popleft()
-        if not self.waiting and self._owner is not None:
-            self._owner.channel_drained()
+        if self._owner is not None:
+            self._owner.channel_progressed()
+            if not self.waiting:
+                self._owner.channel_drained()
 
     def pause(self) -> None:
         """Stop reading after the chunk that is being read."""

@@ -206,6 +206,10 @@ class Connection:
         # The server closes the TCP connection first (RFC 6455 §7.1.1).
         self.channel.finish()
 
+    def channel_progressed(self) -> None:
+        """Some of what waited has been taken: whoever reads, however slowly, is alive."""
+        self.heard_at = self._keepalive.now
+
     def channel_drained(self) -> None:
         """Everything that waited has been taken by the system."""
         self._stalled = False
@@ -255,9 +259,10 @@ class Connection:
         channel = self.channel
         fits = True
         if channel.waiting and (self._overflowing or channel.waiting + len(data) > self._limit):
-            fits = False
             data, taken = _fitting(data, self._limit - channel.waiting)
-            self._overflow(count - taken)
+            if taken < count:
+                fits = False
+                self._overflow(count - taken)
             if not data or self._overflowing:
                 return False
             count = taken
@@ -513,7 +518,8 @@ class Connection:
 
     def _notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""
-        if hook is None:
+        # A flood of pings must not become a flood of tasks.
+        if hook is None or (self._background and len(self._background) >= self._options.max_queued_messages):
             return
         try:
             result = hook(self.socket, *args)
@@ -551,8 +557,13 @@ class Connection:
 
 
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
-    """The leading frames of ``data`` that fit into ``room`` bytes, and how many messages they are."""
+    """The leading messages of ``data`` that fit into ``room`` bytes, and how many they are.
+
+    Control frames stay also where they do not fit: who never gets a ping cannot answer it.
+    """
     at = count = 0
+    kept = []
+    full = False
     while at < len(data):
         length = data[at + 1]
         head = 2
@@ -560,8 +571,11 @@ def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
             length, head = int.from_bytes(data[at + 2 : at + 4], "big"), 4
         elif length == 127:
             length, head = int.from_bytes(data[at + 2 : at + 10], "big"), 10
-        if at + head + length > room:
-            break
-        count += data[at] & 0x0F in (TEXT, BINARY)
-        at += head + length
-    return data[:at], count
+        end = at + head + length
+        if data[at] & 0x0F in (TEXT, BINARY):
+            full = full or end > room
+            count += not full
+        if not full or data[at] & 0x08:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept), count
