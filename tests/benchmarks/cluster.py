@@ -229,7 +229,7 @@ def main() -> None:
     if binary is None:
         parser.error("needs redis-server")
     names = [name for name in PEERS if any(part in name for part in options.peers)]
-    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    results: dict[str, dict[int, tuple[float, float, float]]] = {name: {} for name in names}  # by round
     with tempfile.TemporaryDirectory() as directory:
         redis = RedisServer(binary, Path(directory))
         redis.start()
@@ -237,7 +237,7 @@ def main() -> None:
             for turn in range(options.rounds):
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     try:
-                        results[name].append(measure(name, redis.url, options.seconds, 100))
+                        results[name][turn] = measure(name, redis.url, options.seconds, 100)
                     except (LoadError, RuntimeError, OSError) as error:
                         print(f"{name}: {error}", file=sys.stderr)
         finally:
@@ -248,8 +248,9 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for name in names:
         if rows := results[name]:
-            rate, median, tail = (statistics.median(column) for column in zip(*rows, strict=True))
-            ratios = [ours[0] / row[0] for row, ours in zip(rows, results.get(BASE, ()), strict=False)]
+            rate, median, tail = (statistics.median(column) for column in zip(*rows.values(), strict=True))
+            base = results.get(BASE, {})
+            ratios = [base[turn][0] / row[0] for turn, row in rows.items() if turn in base]
             ratio = f"{statistics.median(ratios):.2f}" if ratios else "–"
             versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in PEERS[name].packages)
             print(f"| {name} | {rate:,.0f} | {ratio} | {median:,.0f} µs | {tail:,.0f} µs | {versions} |")
