@@ -564,6 +564,7 @@ async def test_joining_late_starting_late_and_restarting_are_no_losses(make: Mak
         for i in range(10):
             chat(a).to("x", str(i))
         async with AsenaServer(Chat, port=0, transport=make(), on_gap=gaps.append) as b:
+            assert b.cluster is not None
             for _ in range(3):
                 bob, bob_id = await join(b, "x")
                 chat(a).to("x", "1")
