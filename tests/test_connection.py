@@ -307,9 +307,14 @@ def test_pings_reach_a_client_to_which_no_message_gets_through(serve, wires):
     async def overrun() -> None:
         while socket.send(b"x" * 1000):  # noqa: ASYNC110
             await asyncio.sleep(0)  # the system's buffers fill up as the loop writes
-        for i in range(20):
+        for i in range(10):
             socket.ping(str(i).encode())
             service.to("room", b"x" * 1000)
+        await asyncio.sleep(0)
+        for i in range(10, 20):
+            # Too much to be joined.
+            service.to("room", b"x" * 100_000)
+            socket.ping(str(i).encode())
 
     server.call(overrun)
     taken = socket._connection.messages_out

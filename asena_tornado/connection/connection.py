@@ -284,8 +284,10 @@ class Connection:
         else:
             for at, data in enumerate(owed):
                 if not self.write(data, counts[at]):
-                    # What is newer must not overtake what was dropped.
+                    # What is newer must not overtake what was dropped, though it might fit.
                     self._overflow(sum(counts[at + 1 :]))
+                    if controls := b"".join(_fitting(newer, 0)[0] for newer in owed[at + 1 :]):
+                        self.write(controls, 0)
                     return
 
     @property
