@@ -1,16 +1,17 @@
 """Data to message to frame, and typed decoding of what clients send.
 
 One codec everywhere: ``str`` is a text frame, verbatim; bytes-like is a binary frame; everything else becomes
-JSON once, with pydantic's serializer.
+JSON once, with pydantic's serializer; numpy's arrays and numbers, which that does not know, as lists and numbers.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
+from typing_extensions import TypeAliasType
 
 from .errors import ConfigurationError, EncodeError, InvalidMessageError
 
@@ -66,12 +67,19 @@ def encode(data: object) -> Message:
         return Message(BINARY, bytes(data))
     try:
         # JSON knows no NaN or infinity and browsers refuse them; null is what JSON.stringify makes of them.
-        return Message(TEXT, to_json(data, inf_nan_mode="null"))
+        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=_plain))
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         raise EncodeError(
             f"{type(data).__name__} cannot be sent: {error}. Send str, bytes, or what pydantic can write as JSON "
-            "(models, dataclasses, dicts, lists, datetimes, UUIDs, …)"
+            "(models, dataclasses, dicts, lists, datetimes, UUIDs, …) or numpy as lists"
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """What pydantic does not know: arrays and scalars of numpy and its kin, as a notebook is full of them."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is nothing that JSON knows")
 
 
 class Decoder:
@@ -91,7 +99,7 @@ class Decoder:
         # The kinds of frame that are taken as they are.
         self._raw = tuple(parts) if parts <= {str, bytes} else None
         self._adapter: TypeAdapter[Any] | None = None
-        if self._raw is None or get_origin(annotation) is Annotated:
+        if self._raw is None or not {*_parts(annotation)} <= {str, bytes, type(None)}:
             try:
                 self._adapter = TypeAdapter(annotation)
             except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
@@ -124,10 +132,21 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    """The type itself, without what is noted beside it and by whatever name it goes."""
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        elif isinstance(annotation, NewType):
+            annotation = annotation.__supertype__
+        elif isinstance(annotation, TypeAliasType):
+            annotation = annotation.__value__
+        else:
+            return annotation
 
 
 def _shown(annotation: Any) -> str:
+    if isinstance(annotation, NewType | TypeAliasType):
+        return annotation.__name__
     parts = map(_bare, _parts(_bare(annotation)))
     return " or ".join(p.__name__ if isinstance(p, type) and not get_args(p) else str(p) for p in parts)
 

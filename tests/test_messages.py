@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, StrEnum
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NewType
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, StringConstraints, field_serializer
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from asena_tornado.errors import ConfigurationError, EncodeError, InvalidMessageError
 from asena_tornado.messages import BINARY, TEXT, Decoder, encode, frame, valid_close_code
@@ -97,6 +97,29 @@ def test_text_goes_verbatim_bytes_as_binary_and_everything_else_as_json(
     message = encode(data)
     assert (message.opcode, message.payload) == (opcode, payload)
     assert message.frame == frame(opcode, payload)
+
+
+class Array:
+    """What numpy's arrays and scalars have in common."""
+
+    dtype = "float64"
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def tolist(self) -> object:
+        return self.value
+
+
+def test_arrays_go_as_lists_and_their_scalars_as_numbers() -> None:
+    assert encode(Array([1, math.nan])).payload == b"[1,null]"
+    assert encode({"mean": Array(1.5), "all": [Array([[1], [2]])]}).payload == b'{"mean":1.5,"all":[[[1],[2]]]}'
+
+
+def test_numpy_is_such_a_thing() -> None:
+    numpy = pytest.importorskip("numpy")
+    data = {"n": numpy.int64(3), "x": numpy.arange(3), "t": numpy.datetime64("2025-01-02T03:04:05")}
+    assert encode(data).payload == b'{"n":3,"x":[0,1,2],"t":"2025-01-02T03:04:05"}'
 
 
 def itself() -> list[Any]:
@@ -188,6 +211,11 @@ class Note(TypedDict):
     text: str
 
 
+Name = NewType("Name", str)
+Text = TypeAliasType("Text", Annotated[str, StringConstraints(max_length=3)])
+Either = TypeAliasType("Either", Say | Move)
+
+
 @pytest.mark.parametrize(
     ("annotation", "data", "value"),
     [
@@ -201,6 +229,9 @@ class Note(TypedDict):
         (bytes | None, b"hi", b"hi"),
         (Annotated[str, StringConstraints(max_length=3)], "hi", "hi"),
         (Annotated[bytes, Field(max_length=3)], b"hi", b"hi"),
+        (Name, "hi", "hi"),
+        (Text, "hi", "hi"),
+        (Either, '{"type": "move", "to": 1}', Move(type="move", to=1)),
         (Say, '{"type": "say", "text": "a"}', Say(type="say", text="a")),
         (Say, b'{"type": "say", "text": "a"}', Say(type="say", text="a")),
         (Say | Move, '{"type": "move", "to": 1}', Move(type="move", to=1)),
@@ -226,6 +257,7 @@ def test_a_frame_becomes_what_the_annotation_asks_for(annotation: Any, data: str
         (bytes, "hi", "expected a binary message, got a text one", "frame_type"),
         (Annotated[str, StringConstraints(max_length=3)], b"hi", "expected a text message", "frame_type"),
         (Annotated[str, StringConstraints(max_length=3)], "longer", "not a valid str", "string_too_long"),
+        (Text, "longer", "the message is not a valid Text", "string_too_long"),
         (Say, "hi", "the message is not JSON", "json_invalid"),
         (Say, "", "the message is not JSON", "json_invalid"),
         (Say, b"\xff", "the message is not JSON", "json_invalid"),
