@@ -763,3 +763,26 @@ async def test_clients_of_another_library_with_and_without_compression_share_a_r
                     ]
                 patch.undo()
     assert deflated == 10
+
+
+@pytest.mark.parametrize("before", [b"", b"\x81", b"\x81\x85\0\0\0\0whole"])
+def test_a_reset_is_noticed_on_uvloop_too(wires, before):
+    uvloop = pytest.importorskip("uvloop")
+    service = WebSocket("/x", options=WebSocketOptions(ping_interval=None))(type("Service", (Recorder,), {}))
+    server = AsenaServer(service, port=0)
+
+    async def serve() -> None:
+        async with server:
+            instance: Any = server.namespaces["/x"].hooks.service
+            # A thread that is stuck could be waited for only in vain.
+            await asyncio.wait_for(asyncio.to_thread(reset, instance), 20)
+
+    def reset(instance: Any) -> None:
+        wire, _ = enter(wires, server, instance)
+        # Both are there when the server looks.
+        server.call(lambda: (wire.write(before), wire.reset()))
+        while (entry := instance.next())[0] != "close":
+            pass
+        assert entry[1] == 1006
+
+    uvloop.run(serve())

@@ -63,7 +63,7 @@ class Channel(Protocol):
 class SocketChannel:
     """A plain TCP connection, read with ``recv_into`` and written with ``send``: no future, task or copy between."""
 
-    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_sock", "send", "waiting")
+    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_sock", "_told_once", "send", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         self._loop = loop
@@ -74,6 +74,8 @@ class SocketChannel:
         self._backlog: deque[memoryview | bytes] | None = None
         self._reading = False
         self._ending: str | None = None  # "shut" or "close" once the backlog is written
+        # uvloop tells of a reset once, and not again to who first reads what had come before it.
+        self._told_once = type(loop).__module__.startswith("uvloop")
         self.waiting = 0
 
     def start(self, owner: ChannelOwner, received: bytes) -> None:
@@ -94,6 +96,10 @@ class SocketChannel:
             return
         if size:
             self._owner.data_received(bytes(view[:size]))  # type: ignore[union-attr]  # started, so it is there
+            if self._told_once and self._fd >= 0:
+                number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number:
+                    self._lost(OSError(number, os.strerror(number)))
         else:
             self._lost(None)
 
