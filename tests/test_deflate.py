@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory
 
+from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, WebSocketOptions
 from asena_tornado.connection.deflate import Deflate, DeflateParameters, negotiate
 from asena_tornado.connection.frames import ProtocolError
 from asena_tornado.messages import BINARY, TEXT, Message
@@ -278,3 +280,60 @@ def test_the_examples_of_the_standard_are_read(data):
 def test_an_empty_message_is_one_octet():
     assert deflate().inflate(b"\x00", LIMIT) == b""
     assert payload(deflate().frame(Message(TEXT, b""))) == b"\x00"
+
+
+# -- a real browser
+
+CONVERSATION = """async url => {
+    const ws = new WebSocket(url);
+    ws.binaryType = "arraybuffer";
+    const received = [];
+    await new Promise((resolve, reject) => {
+        ws.onerror = reject;
+        ws.onopen = () => {
+            ws.send("ü".repeat(5000));
+            ws.send(new Uint8Array(5000).fill(7));
+            ws.send("ü".repeat(5000));
+            ws.send("");
+        };
+        ws.onmessage = ({ data }) => {
+            received.push(typeof data === "string" ? data : Array.from(new Uint8Array(data)));
+            if (received.length === 4) resolve();
+        };
+    });
+    const closed = new Promise((resolve) => {
+        ws.onclose = ({ code, reason, wasClean }) => resolve([code, reason, wasClean]);
+    });
+    ws.close(4000, "bye");
+    return [ws.extensions, received, await closed];
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH")
+@pytest.mark.parametrize("takeover", [True, False])
+@pytest.mark.parametrize("window_bits", [9, 15])
+async def test_a_browser_understands_what_was_agreed_on(takeover, window_bits):
+    playwright = pytest.importorskip("playwright.async_api")
+
+    @WebSocket("/echo")
+    class Echo(AsenaWebSocketService):
+        def on_message(self, ws, message: str | bytes):
+            ws.send(message)
+
+    options = WebSocketOptions(
+        compression=True, compression_context_takeover=takeover, compression_window_bits=window_bits
+    )
+    with AsenaServer(Echo, port=0, options=options, allowed_origins=["null"]) as server:
+        async with playwright.async_playwright() as driver:
+            browser = await driver.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--headless", "--no-sandbox", "--disable-gpu"]
+            )
+            page = await browser.new_page()
+            extensions, received, closed = await page.evaluate(CONVERSATION, server.url("/echo"))
+            await browser.close()
+    assert extensions.startswith("permessage-deflate")
+    assert ("server_no_context_takeover" in extensions) is not takeover
+    assert f"client_max_window_bits={window_bits}" in extensions
+    assert received == ["ü" * 5000, [7] * 5000, "ü" * 5000, ""]
+    assert (closed[0], closed[2]) == (4000, True)
