@@ -186,13 +186,14 @@ async def test_a_closed_socket_gets_what_was_sent_before_and_nothing_after() -> 
         service = service_of(server)
         (a, ann), (b, _) = await enter(server, "r"), await enter(server, "r")
         service.to("r", "before")
+        service.in_("to all")
         ann.close(4000)
         assert service.to("r", "after") == 1
         assert service.in_("after") == 1
         assert ann.send("after") is False
-        assert [m async for m in a] == ["before"]
+        assert [m async for m in a] == ["before", "to all"]
         assert await service.closed.get() is ann
-        assert await received(b, server=server) == [["before", "after", "after", "r was left"]]
+        assert await received(b, server=server) == [["before", "to all", "after", "after", "r was left"]]
 
 
 async def test_on_close_still_sees_its_rooms_and_may_publish_and_then_every_trace_is_gone() -> None:
