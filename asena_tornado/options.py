@@ -24,7 +24,7 @@ class WebSocketOptions(BaseModel):
     """Sockets per namespace; one more is refused with HTTP 503 before the upgrade."""
 
     max_buffered_bytes: Bytes = 4 * 1024 * 1024
-    """Bytes that may wait for a client that reads slowly. One message is always taken when nothing waits."""
+    """Bytes that may wait for a client that reads slowly. What is sent while nothing waits is always taken."""
     slow_client_policy: Literal["close", "drop"] = "close"
     """Past ``max_buffered_bytes``: close with 1013, or drop the newest messages (and count them)."""
 
@@ -34,7 +34,7 @@ class WebSocketOptions(BaseModel):
     """The same in bytes."""
 
     handshake_timeout: Seconds = 10.0
-    """Seconds from the first byte of the handshake, middleware included, to the upgrade."""
+    """Seconds in which the handshake has to arrive, and again in which middleware has to answer."""
     ping_interval: Seconds | None = 20.0
     """Seconds between pings."""
     ping_timeout: Seconds | None = 20.0
