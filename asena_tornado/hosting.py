@@ -78,19 +78,7 @@ class LoopDoor:
             raise ServerStateError(
                 "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
             )
-        future = asyncio.run_coroutine_threadsafe(_complete(work), self.loop)
-        try:
-            return future.result(timeout)
-        except concurrent.futures.TimeoutError:
-            if future.done():  # raised by the work itself
-                raise
-            future.cancel()
-            raise TimeoutError(
-                f"the server's loop did not answer within {timeout} s: is a handler blocking it?"
-            ) from None
-        except BaseException:
-            future.cancel()
-            raise
+        return _wait(lambda: _complete(work), self.loop, timeout)
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
         """Run on the loop and await the result, from any loop.
@@ -122,6 +110,43 @@ class LoopDoor:
     def is_shut(self) -> bool:
         """Whether nothing passes any more."""
         return self._shut
+
+
+def _wait(work: Callable[[], Coroutine[Any, Any, R]], loop: asyncio.AbstractEventLoop, timeout: float | None) -> R:
+    """Run on the loop and wait; whatever ends the wait early cancels the work.
+
+    An interrupt may strike between any two lines, also before there is a future to cancel: hence the bookkeeping.
+    """
+    given_up = False
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def run() -> R:
+        if given_up:
+            raise asyncio.CancelledError
+        tasks.append(asyncio.current_task())
+        return await work()
+
+    def give_up() -> None:
+        nonlocal given_up
+        given_up = True
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+
+    future: concurrent.futures.Future[R] | None = None
+    try:
+        future = asyncio.run_coroutine_threadsafe(run(), loop)
+        return future.result(timeout)
+    except BaseException as error:
+        if future is not None and future.done():
+            raise  # by the work itself
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the work with it
+            loop.call_soon_threadsafe(give_up)
+        if isinstance(error, TimeoutError):
+            raise TimeoutError(
+                f"the server's loop did not answer within {timeout} s: is a handler blocking it?"
+            ) from None
+        raise
 
 
 async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
@@ -160,12 +185,7 @@ class LoopThread:
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """Run on the loop and wait; an interrupted wait cancels it."""
-        future = in_empty_context(lambda: asyncio.run_coroutine_threadsafe(work(), self.loop))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return in_empty_context(lambda: _wait(work, self.loop, None))
 
     def stop(self) -> None:
         """End the loop and the thread; does not wait when called on the thread itself."""
