@@ -13,8 +13,8 @@ from typing import Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
 
-# What a socket may owe is often one small frame; a large window lets one read take what gathered meanwhile.
-_READ_SIZE = 256 * 1024
+# One read takes what gathered meanwhile, up to here: thousands of tiny frames in one chunk would hold up the others.
+_READ_SIZE = 64 * 1024
 _JOIN_BELOW = 64 * 1024
 _VECTOR = 64  # chunks per sendmsg, well below every system's IOV_MAX
 
