@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,16 +33,15 @@ HOST = "127.0.0.1"
 
 
 def asena_tornado(port: int) -> None:
-    from asena_tornado import AsenaServer
-
-    AsenaServer(*asena_services(), port=port).run()
+    """As it is without the extra ``speed``."""
+    sys.modules["uvloop"] = None  # type: ignore[assignment]  # an import then fails, as if it were not installed
+    asena_tornado_uvloop(port)
 
 
 def asena_tornado_uvloop(port: int) -> None:
-    import uvloop
+    from asena_tornado import AsenaServer
 
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asena_tornado(port)
+    AsenaServer(*asena_services(), port=port).run()
 
 
 def asena_services() -> list[type]:
