@@ -7,8 +7,10 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tornado.ioloop import IOLoop
@@ -257,3 +259,11 @@ def wires() -> Iterator[Wires]:
     yield wires
     for wire in wires.made:
         wire.sock.close()
+
+
+@pytest.fixture
+def kernel_config() -> Iterator[Any]:
+    """For nbclient: kernels on Unix sockets. Free TCP ports, chosen here and opened there, are a race when busy."""
+    config = pytest.importorskip("traitlets.config")
+    with tempfile.TemporaryDirectory(prefix="asena-") as directory:
+        yield config.Config({"KernelManager": {"transport": "ipc", "ip": f"{directory}/k"}})

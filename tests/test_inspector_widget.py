@@ -189,13 +189,16 @@ server.inspector
 
 
 @pytest.mark.notebook
-def test_a_cell_shows_the_widget_and_the_static_view_for_those_who_have_none(tmp_path: Path) -> None:
+def test_a_cell_shows_the_widget_and_the_static_view_for_those_who_have_none(
+    tmp_path: Path, kernel_config: Any
+) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("anywidget")
     cells = [SERVER, "server.inspector.view(read_only=True)", "server.inspector['chat']", "server.stop()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=60, resources=resources, config=kernel_config).execute()
     outputs = [cell.outputs[0]["data"] for cell in notebook.cells[:3]]
     models = [output["application/vnd.jupyter.widget-view+json"]["model_id"] for output in outputs]
     assert len(set(models)) == 3

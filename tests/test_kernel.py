@@ -387,14 +387,17 @@ def test_the_same_cell_run_twenty_times_keeps_the_clients_and_leaks_nothing(kern
         # What is left of those that were replaced ends in the background.
         left = """
             import gc
-            def servers():
-                return [each for each in gc.get_objects() if isinstance(each, AsenaServer) and each.port == server.port]
-            while len(servers()) > 1:
+            def left():
+                alive = gc.get_objects()
+                servers = [each for each in alive if isinstance(each, AsenaServer) and each.port == server.port]
+                services = [each for each in alive if isinstance(each, AsenaWebSocketService) and hasattr(each, "run")]
+                return len(servers), [each.run for each in services]
+            while left() != (1, [20]):
                 time.sleep(0.01)
                 gc.collect()
-            print(len(servers()), len({type(each) for each in gc.get_objects() if type(each).__name__ == "Echo"}))
+            print(left())
         """
-        assert kernel.run(left) == "1 1\n"
+        assert kernel.run(left) == "(1, [20])\n"
     kernel.run(ECHO)
 
 
