@@ -25,7 +25,7 @@ from typing_extensions import get_type_hints, is_typeddict
 from .container import component
 from .errors import ConfigurationError, InvalidMessageError, ServerStateError
 from .messages import Decoder
-from .namespace import Exclude, Namespace, SocketsView, normalize_path
+from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
 from .sockets import Socket, T
@@ -374,4 +374,4 @@ def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
     service._namespace = namespace
 
 
-__all__ = ["AsenaWebSocketService", "Hooks", "SocketsView", "WebSocket", "WebSocketSpec", "bind", "spec_of"]
+__all__ = ["AsenaWebSocketService", "Hooks", "WebSocket", "WebSocketSpec", "bind", "spec_of"]
