@@ -27,12 +27,22 @@ from .client import Client, connect
 from .connection import Endpoint, Front, websocket_routes
 from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError
-from .hosting import LoopDoor, LoopThread, in_empty_context, listen, new_event_loop, run_nested, running_loop, waking
+from .hosting import (
+    LoopDoor,
+    LoopThread,
+    Reach,
+    in_empty_context,
+    listen,
+    new_event_loop,
+    reach,
+    run_nested,
+    running_loop,
+    waking,
+)
 from .http import Origins, Refusal
 from .inspector import Desk, Inspector, View, page_routes
 from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions
-from .reachability import Reach, reach
 from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
 from .transports import Cluster, Gap, Transport
 
@@ -160,7 +170,7 @@ class AsenaServer:
         """Where a browser finds the path: ``ws(s)://…`` for a namespace, ``http(s)://…`` otherwise.
 
         That is the address it listens on, unless ``public_url`` or the notebook's surroundings say otherwise (see
-        `reachability`).
+        `hosting.reachability`).
         """
         return self._address_of(path, self._reach().base)
 

@@ -8,7 +8,7 @@ import pytest
 import websockets
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, ConfigurationError, Socket, WebSocket
-from asena_tornado.reachability import reach
+from asena_tornado.hosting import reach
 
 
 @WebSocket("/echo")

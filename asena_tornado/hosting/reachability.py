@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 TEMPLATE_VARIABLE = "ASENA_PUBLIC_URL"
 _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1", "[::1]", ""))

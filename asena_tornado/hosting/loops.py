@@ -1,4 +1,4 @@
-"""Where the loop lives (a thread of its own, a kernel, the caller) and the one door between threads."""
+"""Where a loop lives: a thread of its own, nested in another; and the one door between threads."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import errno
-import importlib.metadata
 import inspect
 import logging
-import re
-import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from .errors import ConfigurationError, PortInUseError, ServerStateError
+from ..errors import ServerStateError
+from .kernel import waking, why_not_nested
 
 log = logging.getLogger("asena_tornado")
-_BACKLOG = 1024  # connections that may wait to be accepted
 R = TypeVar("R")
-
-_WAKE_EVERY = 0.2  # seconds
 
 
 class LoopDoor:
@@ -231,122 +225,14 @@ def in_empty_context(function: Callable[[], R]) -> R:
     return contextvars.Context().run(function)
 
 
-def in_cell() -> bool:
-    """Whether this thread is a kernel's own, whose loop stands still while a cell computes."""
-    kernel = sys.modules.get("ipykernel.kernelapp")
-    return (
-        kernel is not None
-        and kernel.IPKernelApp.initialized()
-        and threading.current_thread() is threading.main_thread()
-    )
-
-
-@contextlib.contextmanager
-def waking() -> Iterator[None]:
-    """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
-    and then (https://github.com/ipython/ipykernel/issues/881)."""
-    if not in_cell():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-
-    timer: asyncio.TimerHandle
-
-    def wake() -> None:
-        nonlocal timer
-        timer = loop.call_later(_WAKE_EVERY, wake)
-
-    wake()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def run_nested(loop: asyncio.AbstractEventLoop, work: Awaitable[R], instead: str) -> R:
     """Wait for ``work`` on the very loop that runs the caller; possible only where loops may nest.
 
     Raises `ServerStateError` that names ``instead``, what can be awaited.
     """
-    problem = _why_not_nested(loop)
+    problem = why_not_nested(loop)
     if problem is not None:
         if inspect.iscoroutine(work):
             work.close()
         raise ServerStateError(f"a loop cannot wait for itself: {instead}; {problem}")
     return loop.run_until_complete(work)
-
-
-def _why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
-    """What is against waiting on the loop that runs, or None.
-
-    ipykernel 7 runs all cells in one context. A nested loop that does not put off what is to run in that context
-    drops it, and the kernel never runs another cell: so do nest_asyncio, and nest_asyncio2 before 1.7.3.
-    """
-    apply = "install nest-asyncio2 and call nest_asyncio2.apply()"
-    patch = getattr(loop.run_until_complete, "__module__", None)
-    if patch not in ("nest_asyncio", "nest_asyncio2"):
-        return f"or {apply} first"
-    if not in_cell() or sys.modules["ipykernel"].version_info[0] < 7:
-        return None
-    if patch == "nest_asyncio":
-        return (
-            f"nest_asyncio loses queued cells on ipykernel 7 and is no longer maintained: restart the kernel, {apply}"
-        )
-    version = importlib.metadata.version("nest-asyncio2")
-    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (1, 7, 3):
-        return f"nest-asyncio2 {version} loses queued cells on ipykernel 7: restart the kernel with 1.7.3 or later"
-    return None
-
-
-def listen(port: int, address: str | None) -> list[socket.socket]:
-    """Sockets that listen at the address (None: every interface), all on one port; 0 picks one. All or none.
-
-    Raises `PortInUseError` when somebody else listens there, `ConfigurationError` when it is not this machine's.
-    """
-    nowhere = f'cannot listen on {address!r}, which is no address of this machine: "localhost" is, None is all of them'
-    try:
-        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ConfigurationError(nowhere) from error
-    places = sorted({(family, place) for family, _, _, _, place in found})
-    for attempt in range(5):
-        try:
-            return _listeners(places, port)
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise ConfigurationError(nowhere) from error
-            if error.errno != errno.EADDRINUSE:
-                raise
-            if port == 0 and attempt < 4:
-                continue  # the port that was free in one family was not in the other
-            raise PortInUseError(
-                f"port {port} on {address or 'every interface'} is in use by somebody else; "
-                "stop that, or choose another port (port=0 picks a free one)",
-                port=port,
-                address=address,
-            ) from error
-    raise AssertionError("unreachable")
-
-
-def _listeners(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> list[socket.socket]:
-    """A listening socket per address, all on one port; all or none."""
-    made: list[socket.socket] = []
-    try:
-        for family, (host, _, *more) in addresses:
-            try:
-                listener = socket.create_server((host, port, *more), family=family, backlog=_BACKLOG)
-            except OSError as error:
-                # What localhost stands for need not exist: ::1 where IPv6 is off.
-                if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and len(addresses) > 1:
-                    continue
-                raise
-            listener.setblocking(False)
-            made.append(listener)
-            port = listener.getsockname()[1]
-        if not made:
-            raise OSError(errno.EADDRNOTAVAIL, f"none of {addresses} exists on this machine")
-    except BaseException:
-        for listener in made:
-            listener.close()
-        raise
-    return made

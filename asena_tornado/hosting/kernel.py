@@ -1,0 +1,67 @@
+"""What is known of ipykernel: whether a cell is the caller, how an interrupt is heard, which nesting loses cells."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import re
+import sys
+import threading
+from collections.abc import Iterator
+
+_WAKE_EVERY = 0.2  # seconds
+
+
+def in_cell() -> bool:
+    """Whether this thread is a kernel's own, whose loop stands still while a cell computes."""
+    kernel = sys.modules.get("ipykernel.kernelapp")
+    return (
+        kernel is not None
+        and kernel.IPKernelApp.initialized()
+        and threading.current_thread() is threading.main_thread()
+    )
+
+
+@contextlib.contextmanager
+def waking() -> Iterator[None]:
+    """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
+    and then (https://github.com/ipython/ipykernel/issues/881)."""
+    if not in_cell():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    timer: asyncio.TimerHandle
+
+    def wake() -> None:
+        nonlocal timer
+        timer = loop.call_later(_WAKE_EVERY, wake)
+
+    wake()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
+    """What is against waiting on the loop that runs, or None.
+
+    ipykernel 7 runs all cells in one context. A nested loop that does not put off what is to run in that context
+    drops it, and the kernel never runs another cell: so do nest_asyncio, and nest_asyncio2 before 1.7.3.
+    """
+    apply = "install nest-asyncio2 and call nest_asyncio2.apply()"
+    patch = getattr(loop.run_until_complete, "__module__", None)
+    if patch not in ("nest_asyncio", "nest_asyncio2"):
+        return f"or {apply} first"
+    if not in_cell() or sys.modules["ipykernel"].version_info[0] < 7:
+        return None
+    if patch == "nest_asyncio":
+        return (
+            f"nest_asyncio loses queued cells on ipykernel 7 and is no longer maintained: restart the kernel, {apply}"
+        )
+    version = importlib.metadata.version("nest-asyncio2")
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (1, 7, 3):
+        return f"nest-asyncio2 {version} loses queued cells on ipykernel 7: restart the kernel with 1.7.3 or later"
+    return None
