@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
 from .errors import ConnectionClosed, HandshakeRefused
-from .hosting import LoopDoor, LoopThread, in_cell
+from .hosting import LoopDoor, LoopThread, beside, hold, in_cell
 from .messages import BINARY, Message, encode
 
 _DEFAULT_TIMEOUT = 10.0  # seconds
@@ -171,6 +172,8 @@ async def _connect(request: HTTPRequest, timeout: float) -> Client:
         raise HandshakeRefused(url, error.code, body) from None
     except TimeoutError:
         raise TimeoutError(f"{url} did not answer within {timeout} s") from None
+    if beside() and isinstance(connection.stream, IOStream):
+        hold(connection.stream.socket)
     return client._connected(connection)
 
 

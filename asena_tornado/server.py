@@ -9,6 +9,7 @@ import contextlib
 import html
 import inspect
 import logging
+import math
 import os
 import signal
 import socket as sockets
@@ -17,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, get_args, overload
 
 from tornado.httpserver import HTTPServer
 from tornado.web import Application
@@ -29,14 +30,18 @@ from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import (
     LoopDoor,
+    LoopKind,
     LoopThread,
     Reach,
+    beside,
+    hold,
     in_empty_context,
     listen,
     new_event_loop,
     reach,
     run_nested,
     running_loop,
+    switching,
     waking,
 )
 from .http import Origins, Refusal
@@ -70,6 +75,9 @@ class AsenaServer:
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
     ``inspector_path``: where to serve the live inspector as a page, such as ``"/inspector"``; it asks for a token,
     see `inspector_url`. ``inspector_read_only``: that page can look but not act.
+    ``loop``: of `start` and `run`, which bring one of their own. ``"auto"`` is asyncio's for `start`, as that stays
+    live beside a cell that computes, and for `run` uvloop where it is installed; ``"asyncio"`` and ``"uvloop"`` are
+    these. ``switch_interval``: seconds, see `start`; None leaves the interpreter's.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -89,6 +97,8 @@ class AsenaServer:
         on_gap: Callable[[Gap], object] | None = None,
         inspector_path: str | None = None,
         inspector_read_only: bool = False,
+        loop: LoopKind = "auto",
+        switch_interval: float | None = 0.0002,  # seconds
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
@@ -99,6 +109,10 @@ class AsenaServer:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port!r}")
         if max_body_size < 0:
             raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
+        if loop not in get_args(LoopKind):
+            raise ConfigurationError(f'loop is "auto", "asyncio" or "uvloop", not {loop!r}')
+        if switch_interval is not None and not 0 < switch_interval < math.inf:
+            raise ConfigurationError(f"switch_interval is a number of seconds, or None, not {switch_interval!r}")
         self._wanted_port = port
         self._port: int | None = None
         self._address = address
@@ -123,6 +137,8 @@ class AsenaServer:
                 f"{self._inspector_path!r} is a namespace already; give the inspector another path"
             )
         self._inspector_read_only = inspector_read_only
+        self._loop: LoopKind = loop
+        self._switch_interval = switch_interval
         self._desk = Desk(self)
         self._state: State = "new"
         self._hosting: Hosting | None = None
@@ -221,7 +237,9 @@ class AsenaServer:
         object is done. That is what running a notebook cell again does. If this server cannot start, the old one
         goes on. A namespace that is gone is closed with 1012, and so is a socket whose values no longer fit.
 
-        ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes.
+        ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes. For that
+        the interpreter's switch interval (``sys.setswitchinterval``) is at most the server's ``switch_interval`` until
+        the last such server has stopped, then what it was before. One that you set to less, or meanwhile, stays.
         ``hosting="kernel"``: on the loop that is already running in this thread; handlers share it with the cells.
         Raises `PortInUseError`, what a component's ``on_start`` raises, and `ServerStateError`.
         """
@@ -240,7 +258,7 @@ class AsenaServer:
                     old._thread.submit(lambda: self._replace(old))
                     self._thread, old._thread = old._thread, None
                 elif hosting == "thread":
-                    self._thread = LoopThread(f"asena-{self._wanted_port}")
+                    self._thread = LoopThread(f"asena-{self._wanted_port}", self._loop)
                     self._thread.submit(self._open)
                 else:
                     loop = running_loop()
@@ -267,7 +285,7 @@ class AsenaServer:
             )
         if not logging.getLogger().handlers:
             logging.basicConfig(level=logging.INFO)
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=lambda: new_event_loop(self._loop, beside=beside())) as runner:
             runner.run(self._run())
 
     async def _run(self) -> None:
@@ -375,6 +393,7 @@ class AsenaServer:
 
     def _give_up(self) -> None:
         self._state = "stopped"
+        switching.release(self)
         self._site.end("the server could not start")
         if self._http is not None:
             self._http.stop()
@@ -439,10 +458,16 @@ class AsenaServer:
                 and old._address == self._address
                 and old._hosting in ("thread", "kernel")
             ):
-                if old._hosting != self._hosting or (self._hosting == "kernel" and old._door_is_elsewhere()):
+                other_loop = self._hosting == "thread" and self._loop not in ("auto", old._door and old._door.kind)
+                if (
+                    old._hosting != self._hosting
+                    or (self._hosting == "kernel" and old._door_is_elsewhere())
+                    or other_loop
+                ):
                     self._state = "new"
+                    how = f"loop={old._door.kind!r}" if other_loop and old._door else f"hosting={old._hosting!r}"
                     raise PortInUseError(
-                        f"port {old._port} is served by an earlier server of this process (hosting={old._hosting!r}); "
+                        f"port {old._port} is served by an earlier server of this process ({how}); "
                         "stop that one first, or start this one the same way to replace it",
                         port=self._wanted_port,
                         address=self._address,
@@ -467,6 +492,7 @@ class AsenaServer:
         if old_http is not None:
             old_http.stop()
         old._state = "replaced"
+        switching.release(old)
         old._stopped.set()
         _running.discard(old)
         self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
@@ -482,6 +508,10 @@ class AsenaServer:
         old._door = None
 
     def _listen(self) -> None:
+        if beside():
+            switching.hold(self, self._switch_interval)
+            for listener in self._listeners:
+                hold(listener)  # and with it what it accepts
         if self._listeners:
             app = Application(
                 self.routes(),
@@ -585,6 +615,7 @@ class AsenaServer:
             self._http = None
             self._opening = self._closing = self._retiring = None
             self._state = "stopped"
+            switching.release(self)
             self._stopped.set()
             if self._thread is not None:
                 # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.

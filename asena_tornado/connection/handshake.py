@@ -9,7 +9,7 @@ import re
 from collections.abc import Awaitable, Callable
 from http.client import responses
 from typing import Any
-from uuid import uuid4
+from uuid import UUID
 
 from pydantic import ValidationError
 from tornado.httputil import (
@@ -24,6 +24,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
+from ..hosting import beside, hold, random_bytes
 from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
@@ -105,7 +106,7 @@ class Handshake:
             raise Refusal(500, "internal error") from None
         # Others may have connected while middleware was waiting.
         self._check_capacity()
-        data = SocketData(str(uuid4()), namespace.path, self._query, values)
+        data = SocketData(str(UUID(bytes=random_bytes(16), version=4)), namespace.path, self._query, values)
         self._client = Socket(namespace, data, str(self._request.remote_ip))
 
     def upgrade(self, stream: IOStream) -> Connection | None:
@@ -386,8 +387,7 @@ def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes)
             early.add_done_callback(lambda read: read.cancelled() or read.exception())
     # The stream is forgotten, not closed: a closed one would take the socket along.
     stream.io_loop.remove_handler(stream.fileno())
-    sock = stream.socket
-    plain = SocketChannel(loop, sock)
+    plain = SocketChannel(loop, hold(stream.socket) if beside() else stream.socket)
     plain.write(answer)
     return plain, received
 

@@ -1,20 +1,27 @@
 """Where a server's loop lives, what it listens on, and how it is reached."""
 
+from .held import hold, random_bytes
 from .kernel import in_cell, waking
 from .listen import listen
-from .loops import LoopDoor, LoopThread, in_empty_context, new_event_loop, run_nested, running_loop
+from .loops import LoopDoor, LoopKind, LoopThread, beside, in_empty_context, new_event_loop, run_nested, running_loop
 from .reachability import Reach, reach
+from .switching import switching
 
 __all__ = [
     "LoopDoor",
+    "LoopKind",
     "LoopThread",
     "Reach",
+    "beside",
+    "hold",
     "in_cell",
     "in_empty_context",
     "listen",
     "new_event_loop",
+    "random_bytes",
     "reach",
     "run_nested",
     "running_loop",
+    "switching",
     "waking",
 ]

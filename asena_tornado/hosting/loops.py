@@ -12,13 +12,16 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from ..errors import ServerStateError
+from ..errors import ConfigurationError, ServerStateError
+from .held import HeldLoop
 from .kernel import waking, why_not_nested
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
+
+LoopKind = Literal["auto", "asyncio", "uvloop"]
 
 
 class LoopDoor:
@@ -96,6 +99,11 @@ class LoopDoor:
                 raise
             raise ServerStateError("the server stopped before this was done") from None
 
+    @property
+    def kind(self) -> LoopKind:
+        """Whose loop it is."""
+        return "uvloop" if type(self.loop).__module__.startswith("uvloop") else "asyncio"
+
     def shut(self) -> None:
         """Nothing passes any more."""
         self._shut = True
@@ -153,8 +161,8 @@ async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
 class LoopThread:
     """A daemon thread with a loop of its own."""
 
-    def __init__(self, name: str) -> None:
-        self.loop = new_event_loop()
+    def __init__(self, name: str, loop: LoopKind = "auto") -> None:
+        self.loop = new_event_loop(loop, beside=True)
         self.door: LoopDoor
         self._ready = threading.Event()
         # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
@@ -201,15 +209,27 @@ async def _cancel_others() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A loop that can watch a plain socket: uvloop's where it is installed (the extra ``speed``), else asyncio's."""
-    if sys.platform == "win32":
-        return asyncio.SelectorEventLoop()
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+def new_event_loop(kind: LoopKind = "auto", *, beside: bool = False) -> asyncio.AbstractEventLoop:
+    """A loop that can watch a plain socket.
+
+    ``"auto"`` is uvloop's where that is installed (the extra ``speed``), else asyncio's; ``beside`` a thread that
+    computes it is asyncio's, as uvloop takes the interpreter lock anew for each of its callbacks. Raises
+    `ConfigurationError` for a uvloop that is not there.
+    """
+    if kind == "uvloop" or (kind == "auto" and not beside and sys.platform != "win32"):
+        try:
+            import uvloop
+        except ImportError:
+            if kind == "uvloop":
+                raise ConfigurationError("loop=\"uvloop\" needs uvloop: pip install 'asena_tornado[speed]'") from None
+        else:
+            return uvloop.new_event_loop()
+    return HeldLoop() if beside else asyncio.SelectorEventLoop()
+
+
+def beside() -> bool:
+    """Whether the main thread is somebody else's, such as a cell's, and may compute while this one serves."""
+    return threading.current_thread() is not threading.main_thread()
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
