@@ -1,6 +1,7 @@
 """What a server does in a real kernel, driven through the bare protocol: `nbclient` sends one cell at a time and
 would not notice a kernel that loses those which wait."""
 
+import asyncio
 import os
 import queue
 import shutil
@@ -10,12 +11,15 @@ import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
@@ -26,7 +30,7 @@ jupyter_client = pytest.importorskip("jupyter_client")
 pytestmark = pytest.mark.notebook
 
 ECHO = """
-import asyncio, threading, time
+import asyncio, json, os, sys, threading, time
 from asena_tornado import AsenaServer, AsenaWebSocketService, Service, WebSocket
 
 enough = threading.Event()
@@ -203,7 +207,21 @@ def test_cells_queued_at_once_all_run(kernel: Kernel, hosting: str):
     assert cells[-1].text == "stopped\n"
 
 
-@pytest.mark.parametrize("work", ["time.sleep(0.01)", "sum(range(10_000))"])
+# What a cell may be busy with. Sleeping lets go of the interpreter lock; the others compute, and let go of it never,
+# for short system calls, or for the kernel's own threads.
+WORK = pytest.mark.parametrize(
+    "work",
+    [
+        "time.sleep(0.01)",
+        "sum(range(10_000))",
+        "sum(range(1_000)); os.stat('.')",
+        "sum(range(100_000)); print('.', end='')",
+        "json.loads(json.dumps({str(i): [i] for i in range(1_000)}))",
+    ],
+)
+
+
+@WORK
 def test_a_client_gets_echoes_while_a_cell_is_busy(kernel: Kernel, work: str):
     """The cell is busy until a message tells it to end: a server that had to wait for the cell would never get it."""
     url = kernel.start()
@@ -225,15 +243,84 @@ def test_a_client_gets_echoes_while_a_cell_is_busy(kernel: Kernel, work: str):
     assert kernel.finish(busy).text.endswith("enough\n")
 
 
+MEMBERS, BROADCASTS = 100, 200
+
+
+def test_a_room_gets_every_broadcast_while_a_cell_computes(kernel: Kernel):
+    """The cell computes in pure Python and ends when a member says that everybody has everything, or after 20 s: what
+    took half a second for each message then is not even half done."""
+    kernel.run(
+        """
+        @WebSocket("/room")
+        class Room(AsenaWebSocketService):
+            def on_open(self, ws):
+                ws.subscribe("all")
+                ws.send("welcome")
+            def on_message(self, ws, message: str):
+                if message == "enough":
+                    enough.set()
+                self.to("all", message)
+        server = AsenaServer(Room, port=0).start()
+        enough.clear()
+        """
+    )
+    url = kernel.run("print(server.url('/room'))").strip()
+    computing = kernel.send(
+        """
+        until = time.monotonic() + 20
+        print("computing")
+        while not enough.is_set() and time.monotonic() < until:
+            sum(i * i for i in range(1_000))
+        print("everybody has everything" if enough.is_set() else "out of time")
+        """
+    )
+    kernel.await_text("computing")
+    expected = ["welcome", *map(str, range(BROADCASTS))]
+
+    async def receive(client: ClientConnection) -> list[str]:
+        return [str(await client.recv()) for _ in expected]
+
+    async def run() -> list[list[str]]:
+        async with AsyncExitStack() as stack:
+            members = [await stack.enter_async_context(connect_async(url)) for _ in range(MEMBERS)]
+            receiving = asyncio.gather(*map(receive, members))
+            for i in range(BROADCASTS):
+                await members[0].send(str(i))
+            received = await receiving
+            await members[0].send("enough")
+            return received
+
+    received = asyncio.run(asyncio.wait_for(run(), 50))
+    assert received == [expected] * MEMBERS
+    assert kernel.finish(computing[0]).text.endswith("everybody has everything\n")
+
+
+def test_the_switch_interval_and_the_threads_are_as_before_afterwards(kernel: Kernel):
+    state = "print(sys.getswitchinterval(), sorted(thread.name for thread in threading.enumerate()))"
+    kernel.start()
+    kernel.run("await server.aclose()")
+    before = kernel.run(state)
+    assert before.startswith("0.005 ")
+    kernel.start()
+    assert float(kernel.run(state).split()[0]) == pytest.approx(0.0002)
+    kernel.run("server.stop()")
+    assert kernel.run(state) == before
+    kernel.start(hosting="kernel")
+    assert kernel.run(state).startswith("0.005 "), "hosted by the kernel, there is nobody to hand the lock to"
+
+
 @HOSTINGS
-def test_clients_in_the_kernel_outlive_a_busy_cell(kernel: Kernel, hosting: str):
+@pytest.mark.parametrize(
+    "cell", ["time.sleep(1.5)", "until = time.monotonic() + 1.5\nwhile time.monotonic() < until: pass"]
+)
+def test_clients_in_the_kernel_outlive_a_busy_cell(kernel: Kernel, hosting: str, cell: str):
     """They answer pings while a cell computes: a server on a thread would close them otherwise."""
     kernel.run("from asena_tornado import WebSocketOptions")
     kernel.start("port=0, options=WebSocketOptions(ping_interval=0.1, ping_timeout=0.3)", hosting)
     cells = kernel.finish_all(
         kernel.send(
             "client = await server.connect('/echo')",
-            "time.sleep(1.5)",
+            cell,
             "await client.send('hello'); print('received', await client.recv())",
         )
     )

@@ -140,7 +140,7 @@ class HeldSocket(socket.socket):
 
     def setblocking(self, flag: bool, /) -> None:
         """As ``socket.setblocking``; says nothing to the system that it knows already."""
-        if flag or self.gettimeout() != 0:
+        if flag or self.gettimeout() != 0 or self.fileno() < 0:
             super().setblocking(flag)
 
     def shutdown(self, how: int, /) -> None:

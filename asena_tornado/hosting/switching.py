@@ -27,13 +27,13 @@ class SwitchInterval:
                 self._wanted.pop(owner, None)
             else:
                 self._wanted[owner] = seconds
-            self._set()
+            self._adjust()
 
     def release(self, owner: object) -> None:
         """The owner needs it no more."""
         self.hold(owner, None)
 
-    def _set(self) -> None:
+    def _adjust(self) -> None:
         current = sys.getswitchinterval()
         if self._ours is None:
             if not self._wanted:
@@ -45,19 +45,24 @@ class SwitchInterval:
                 self._ours = None
             return
         if not self._wanted:
-            sys.setswitchinterval(self._before)
+            _set(self._before)
             self._ours = None
             return
         shortest = min(self._before, *self._wanted.values())
         if shortest != current:
-            sys.setswitchinterval(shortest)
+            _set(shortest)
         self._ours = sys.getswitchinterval()
 
     def forget(self) -> None:
         """In a forked child, which has none of the threads: put it back."""
         self._lock = threading.Lock()
         self._wanted.clear()
-        self._set()
+        self._adjust()
+
+
+def _set(seconds: float) -> None:
+    # It is cut off to whole microseconds, and what is read back may be a little below one.
+    sys.setswitchinterval(seconds + 0.5e-6)
 
 
 switching = SwitchInterval()

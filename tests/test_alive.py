@@ -1,0 +1,318 @@
+"""A server beside a thread that computes: the switch interval, the loop, and who lets go of the interpreter lock."""
+
+import os
+import random
+import signal
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from subprocess import PIPE, Popen
+from typing import Any
+
+import pytest
+from websockets.sync.client import connect
+
+from asena_tornado import (
+    AsenaServer,
+    AsenaWebSocketService,
+    ConfigurationError,
+    Context,
+    Controller,
+    Get,
+    LocalTransport,
+    PortInUseError,
+    WebSocket,
+)
+from asena_tornado.hosting import held
+from asena_tornado.hosting.switching import SwitchInterval
+
+SHORT = 0.0002  # seconds, as is the default of AsenaServer
+
+
+@WebSocket("/echo")
+class Echo(AsenaWebSocketService):
+    def on_open(self, ws: Any) -> None:
+        ws.subscribe("all")
+
+    def on_message(self, ws: Any, message: str) -> None:
+        self.to("all", message)
+
+
+@pytest.fixture(autouse=True)
+def interval() -> Iterator[float]:
+    """What it is before, and has to be again."""
+    before = sys.getswitchinterval()
+    yield before
+    assert sys.getswitchinterval() == before, "put back by whoever has changed it"
+
+
+def short() -> bool:
+    return sys.getswitchinterval() == pytest.approx(SHORT)
+
+
+# -- the switch interval
+
+
+def test_the_switch_interval_is_short_while_a_server_runs(interval: float) -> None:
+    server = AsenaServer(Echo, port=0)
+    assert sys.getswitchinterval() == interval
+    for _ in range(2):
+        server.start()
+        assert short()
+        server.stop()
+        assert sys.getswitchinterval() == interval
+
+
+def test_the_last_of_several_servers_puts_it_back(interval: float) -> None:
+    servers = [AsenaServer(Echo, port=0, switch_interval=seconds).start() for seconds in (SHORT, 0.001, None)]
+    assert short()
+    servers[0].stop()
+    assert sys.getswitchinterval() == pytest.approx(0.001), "the shortest of what is left"
+    servers[1].stop()
+    assert sys.getswitchinterval() == interval
+    servers[2].stop()
+
+
+def test_it_stays_short_when_a_server_is_replaced(interval: float) -> None:
+    old = AsenaServer(Echo, port=0).start()
+    new = AsenaServer(Echo, port=old.port).start()
+    assert old.state == "replaced"
+    assert short()
+    newest = AsenaServer(Echo, port=old.port, switch_interval=None).start()
+    assert sys.getswitchinterval() == interval, "the newest wants nothing"
+    newest.stop()
+    assert new.state == "replaced"
+
+
+def test_a_start_that_fails_leaves_it_alone(interval: float) -> None:
+    class Fails(Echo):
+        def on_start(self) -> None:
+            raise LookupError("no database")
+
+    with pytest.raises(LookupError):
+        AsenaServer(WebSocket("/fails")(Fails), port=0).start()
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.parametrize("seconds", [0.0001, 0.00002])
+def test_a_shorter_one_of_the_users_is_respected(interval: float, seconds: float) -> None:
+    sys.setswitchinterval(seconds)
+    try:
+        with AsenaServer(Echo, port=0):
+            assert sys.getswitchinterval() == pytest.approx(seconds)
+        assert sys.getswitchinterval() == pytest.approx(seconds)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_one_that_is_set_meanwhile_stays(interval: float) -> None:
+    with AsenaServer(Echo, port=0):
+        sys.setswitchinterval(0.01)
+        with AsenaServer(Echo, port=0):
+            assert sys.getswitchinterval() == pytest.approx(0.01)
+    assert sys.getswitchinterval() == pytest.approx(0.01)
+    # That was the user's word on those servers; the next one begins anew.
+    with AsenaServer(Echo, port=0):
+        assert short()
+    assert sys.getswitchinterval() == pytest.approx(0.01)
+    sys.setswitchinterval(interval)
+
+
+async def test_nothing_changes_where_the_loop_is_the_main_threads(interval: float) -> None:
+    async with AsenaServer(Echo, port=0) as server:
+        assert sys.getswitchinterval() == interval
+        assert not any(isinstance(listener, held.HeldSocket) for listener in server._listeners)
+
+
+def test_a_loop_of_ones_own_on_another_thread_counts_as_well(interval: float) -> None:
+    server = AsenaServer(Echo, port=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while server.state != "running":
+        time.sleep(0.001)
+    try:
+        assert short()
+    finally:
+        server.stop()
+        thread.join()
+
+
+def test_a_forked_child_has_what_was_before() -> None:
+    source = """
+    import os, sys, warnings
+    from asena_tornado import AsenaServer
+    warnings.simplefilter("ignore")  # that forking a process with threads is a risk
+    before = sys.getswitchinterval()
+    server = AsenaServer(port=0).start()
+    if os.fork() == 0:
+        ok = sys.getswitchinterval() == before
+        with AsenaServer(port=0):
+            ok = ok and sys.getswitchinterval() < before
+        os._exit(0 if ok and sys.getswitchinterval() == before else 1)
+    assert os.wait()[1] == 0
+    assert sys.getswitchinterval() < before
+    server.stop()
+    assert sys.getswitchinterval() == before
+    """
+    with Popen([sys.executable, "-c", textwrap.dedent(source)], stderr=PIPE, text=True) as process:
+        _, complaints = process.communicate(timeout=30)
+        assert (process.returncode, complaints) == (0, "")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_switch_interval_against_a_model(interval: float, seed: int) -> None:
+    """Owners come and go, and the user sets one in between: then that stays until everybody has gone."""
+    rng = random.Random(seed)
+    switching = SwitchInterval()
+    wanted: dict[object, float] = {}
+    base, overruled = interval, False
+    try:
+        for _ in range(200):
+            owner = rng.choice("abc")
+            match rng.choice(["hold", "hold", "release", "set"]):
+                case "hold":
+                    seconds = rng.choice([0.0002, 0.001, 0.05])
+                    switching.hold(owner, seconds)
+                    wanted[owner] = seconds
+                case "release":
+                    switching.release(owner)
+                    wanted.pop(owner, None)
+                case "set" if rng.random() < 0.2:
+                    base = rng.randrange(100, 20_000) / 1e6  # hardly ever what it is already
+                    overruled = bool(wanted)
+                    sys.setswitchinterval(base)
+            if not wanted:
+                overruled = False
+            expected = base if overruled else min([base, *wanted.values()])
+            assert sys.getswitchinterval() == pytest.approx(expected, abs=2e-6), seed
+    finally:
+        for owner in "abc":
+            switching.release(owner)
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_nonsense_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigurationError, match="switch_interval is a number of seconds, or None, not"):
+        AsenaServer(Echo, switch_interval=seconds)
+
+
+# -- the loop
+
+
+def says(server: AsenaServer, text: str) -> str:
+    with connect(server.url("/echo")) as client:
+        client.send(text)
+        return str(client.recv(timeout=10))
+
+
+@pytest.mark.parametrize("kind", ["auto", "asyncio", "uvloop"])
+def test_the_loop_of_a_thread_can_be_chosen(kind: Any) -> None:
+    if kind == "uvloop":
+        pytest.importorskip("uvloop")
+    with AsenaServer(Echo, port=0, loop=kind) as server:
+        assert says(server, "hello") == "hello"
+        module = server.call(lambda: type(server._open_door().loop).__module__)
+        assert module.startswith("uvloop") == (kind == "uvloop"), "auto is not uvloop beside a thread that computes"
+        assert says(AsenaServer(Echo, port=server.port).start(), "a re-run") == "a re-run"
+        server = AsenaServer(Echo, port=server.port).start()
+    server.stop()
+
+
+@pytest.mark.parametrize(("kind", "uvloops"), [("auto", True), ("asyncio", False), ("uvloop", True)])
+def test_the_loop_of_run_can_be_chosen(kind: str, uvloops: bool) -> None:
+    pytest.importorskip("uvloop")
+    source = f"""
+    import asyncio
+    from asena_tornado import AsenaServer, Service
+    @Service
+    class Tells:
+        async def on_start(self):
+            print(type(asyncio.get_running_loop()).__module__, flush=True)
+    AsenaServer(Tells, port=0, loop={kind!r}).run()
+    """
+    with Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("uvloop") == uvloops
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+
+
+def test_a_uvloop_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    server = AsenaServer(Echo, port=0, loop="uvloop")
+    with pytest.raises(ConfigurationError, match=r"asena_tornado\[speed\]"):
+        server.start()
+    assert server.state == "stopped"
+    with pytest.raises(ConfigurationError, match='loop is "auto", "asyncio" or "uvloop", not \'trio\''):
+        AsenaServer(Echo, loop="trio")  # type: ignore[arg-type]
+
+
+def test_another_loop_cannot_take_over() -> None:
+    pytest.importorskip("uvloop")
+    with AsenaServer(Echo, port=0) as server:
+        with pytest.raises(PortInUseError, match="loop='asyncio'"):
+            AsenaServer(Echo, port=server.port, loop="uvloop").start()
+        assert says(server, "still here") == "still here"
+
+
+# -- who lets go of the lock
+
+# Methods of Python's own sockets and epolls that do not: they ask the system nothing, or do not let go for it.
+_HARMLESS = {"fileno", "gettimeout", "detach", "setsockopt", "getsockopt", "poll"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere accepting lets go of the lock")
+def test_only_the_wait_for_events_lets_go_of_the_lock() -> None:
+    """The whole way of a client, and of a request, as the interpreter's profiler sees it on the server's thread."""
+
+    @Controller("/api")
+    class Api:
+        @Get()
+        def get(self, context: Context) -> dict[str, str]:
+            return {"it": "works"}
+
+    seen: Counter[str] = Counter()
+
+    def note(_frame: object, event: str, called: Any) -> None:
+        if event == "c_call":
+            owner = getattr(called, "__self__", None)
+            kind = type(owner).__name__ if owner is not None else ""
+            seen[f"{getattr(called, '__module__', None) or kind}.{called.__name__}"] += 1
+
+    with AsenaServer(Echo, Api, port=0, transport=LocalTransport("alive")) as server:
+        server.call(lambda: sys.setprofile(note))
+        for _ in range(3):
+            assert says(server, "hello") == "hello"
+            assert urllib.request.urlopen(server.url("/api")).read() == b'{"it":"works"}'
+        server.call(lambda: sys.setprofile(None))
+    assert seen["epoll.poll"]
+    assert seen["HeldSocket.fileno"]
+    systemic = [name.split(".") for name in seen if name.startswith(("HeldSocket", "socket", "_socket", "epoll"))]
+    assert {name for _, name in systemic} - _HARMLESS - {"inet_ntop"} == set()
+    assert not {"posix.urandom", "posix.close", "posix.read", "posix.write"} & set(seen)
+
+
+def test_it_works_without_a_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "libc", None)
+    with AsenaServer(Echo, port=0) as server:
+        assert says(server, "hello") == "hello"
+        assert not any(isinstance(listener, held.HeldSocket) for listener in server._listeners)
+
+
+def test_descriptors_and_threads_are_given_back() -> None:
+    def left() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0, threading.active_count()
+
+    with AsenaServer(Echo, port=0) as server:
+        says(server, "warm")
+    before = left()
+    for _ in range(5):
+        with AsenaServer(Echo, port=0) as server:
+            says(server, "hello")
+    assert left() == before
