@@ -156,7 +156,7 @@ async def connect(
 
 @functools.cache
 def _thread() -> LoopThread:
-    return LoopThread("asena-clients")
+    return LoopThread("asena-clients").start()
 
 
 async def _connect(request: HTTPRequest, timeout: float) -> Client:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeVar, get_origin, overload, runtime_checkable
 
-from .errors import CircularDependencyError, ConfigurationError, InjectionError, ServerStateError
+from .errors import CircularDependencyError, ConfigurationError, InjectionError, ServerStateError, must_propagate
 
 __all__ = ["Component", "Container", "Inject", "Reference", "Service", "component", "component_of"]
 
@@ -575,6 +575,9 @@ def _check_constructor(cls: type[Any], wish: _Wish | None) -> None:
         )
 
 
+_MOMENT = 0.1  # seconds for an ``on_stop`` when the time is over
+
+
 class Container:
     """The components of one server.
 
@@ -753,10 +756,11 @@ class Container:
                 self._started.append(node)
             self._running = True
 
-    async def stop(self, *, successor: Container | None = None) -> None:
+    async def stop(self, *, successor: Container | None = None, until: float | None = None) -> None:
         """Run ``on_stop`` of everything that started, in reverse. Does nothing when stopped.
 
-        What runs in ``successor``, too, goes on running there.
+        What runs in ``successor``, too, goes on running there. At ``until`` (loop time) the one that runs is
+        cancelled, and those that are left have a moment each.
 
         Every one is run: what one raises is logged and not raised, since a server has to get through its
         stop. When this call is cancelled, another one carries on with those that are left.
@@ -766,20 +770,25 @@ class Container:
             if successor is not None:
                 inherited = {id(node.instance) for node in successor._started}
                 self._started = [node for node in self._started if id(node.instance) not in inherited]
-            await self._stop_started()
+            await self._stop_started(until)
 
-    async def _stop_started(self) -> None:
+    async def _stop_started(self, until: float | None = None) -> None:
+        loop = asyncio.get_running_loop()
         while self._started:
             node = self._started.pop()
+            limit = None if until is None else max(until, loop.time() + _MOMENT)
             try:
-                await _run(node, "on_stop")
-            except asyncio.CancelledError:
-                # `self.task.cancel(); await self.task` in an on_stop ends like this, too: that is not ours.
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                async with asyncio.timeout_at(limit) as waiting:
+                    await _run(node, "on_stop")
+            except TimeoutError:
+                if waiting.expired():
+                    logger.error("%s.on_stop() did not finish in time and was cancelled", node.label)
+                else:
+                    logger.exception("%s.on_stop() failed", node.label)
+            except BaseException as error:
+                # `self.task.cancel(); await self.task` in an on_stop ends in a CancelledError, too: that is not ours.
+                if must_propagate(error):
                     raise
-                logger.exception("%s.on_stop() let a CancelledError out", node.label)
-            except Exception:
                 logger.exception("%s.on_stop() failed", node.label)
 
 

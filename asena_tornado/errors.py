@@ -1,7 +1,8 @@
-"""Every exception of the package. Each message says what was wrong and what to do about it."""
+"""Every exception of the package, each with what was wrong and what to do about it; and which ones no edge catches."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -152,3 +153,14 @@ class UlakError(AsenaError):
         super().__init__(message)
         self.code = code
         self.namespace = namespace
+
+
+def must_propagate(error: BaseException) -> bool:
+    """Whether an edge that catches whatever the user's code raises has to let this through: it is we who end the task.
+
+    Anything else, ``SystemExit``, ``KeyboardInterrupt`` and what extensions raise included, must not end the loop.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, GeneratorExit)

@@ -18,7 +18,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
 from .container import component
-from .errors import ConfigurationError, MiddlewareError
+from .errors import ConfigurationError, MiddlewareError, must_propagate
 from .messages import encode, validation_errors
 from .namespace import serving
 
@@ -350,7 +350,9 @@ class Chain:
             return response
         except Answered as answered:
             return answered.response
-        except Exception as error:
+        except BaseException as error:
+            if must_propagate(error):
+                raise
             log.exception("%s failed: %s", self._where, error)
             return make_response({"error": "internal error"}, 500)
         finally:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from .errors import ConfigurationError, ServerStateError, SocketClosedError
+from .errors import ConfigurationError, ServerStateError, SocketClosedError, must_propagate
 from .events import EventLog
 from .messages import Message, encode
 from .rooms import RoomIndex, RoomsView, check_room
@@ -323,7 +323,9 @@ class Namespace:
         for socket in list(self._by_id.values()):
             try:
                 values = hooks.values(old.plain_values(socket.data.values), from_query=False)
-            except Exception as error:  # a validator may raise anything; the others must not suffer
+            except BaseException as error:  # a validator may raise anything; the others must not suffer
+                if must_propagate(error):
+                    raise
                 log.warning("%s: its values do not fit the new service: %s", socket, error)
                 socket._connection.close(1012, "the service has changed: connect again")
             else:
@@ -376,6 +378,12 @@ class Namespace:
         self._everyone.clear()
         self._leaving.clear()
         self.index.clear()
+
+    def abandon(self) -> None:
+        """Wait for nobody any more: what is left are handlers that do not let themselves be cancelled."""
+        for socket in tuple(self._leaving):
+            log.error("%s: its handler goes on although it was cancelled, and is left behind", socket)
+            self.forget(socket)
 
     @property
     def empty(self) -> bool:

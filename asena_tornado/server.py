@@ -14,9 +14,12 @@ import os
 import signal
 import socket as sockets
 import ssl
+import sys
 import threading
+import time
+import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args, overload
 
@@ -27,7 +30,7 @@ from .broker import Ulak
 from .client import Client, connect
 from .connection import Endpoint, Front, websocket_routes
 from .controllers import ControllerHandler
-from .errors import ConfigurationError, PortInUseError, ServerStateError
+from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
     LoopDoor,
     LoopKind,
@@ -59,6 +62,8 @@ State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
 # Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
 _HASTE = 0.1
+_SLACK = 2.0  # seconds past a time limit after which somebody who waits gives up on a loop that does not answer
+_LAST_WORDS = 1.0  # seconds that who is cancelled may still take
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
@@ -160,7 +165,21 @@ class AsenaServer:
     @property
     def state(self) -> State:
         """``"new"``, ``"starting"``, ``"running"``, ``"stopping"``, ``"stopped"`` or ``"replaced"``."""
+        self._notice_the_end()
         return self._state
+
+    def _notice_the_end(self) -> None:
+        """A loop that has ended without a stop has taken the server along: say so, and give back what it had."""
+        door = self._door
+        if self._state not in ("starting", "running", "stopping") or door is None or not door.loop.is_closed():
+            return
+        log.error("the loop of %s has ended without a stop", ", ".join(self._site.paths) or "a server")
+        door.shut()
+        for namespace in self._site.namespaces.values():
+            namespace.forget_everybody()
+        self._http = None
+        self._retiring = self._closing = None
+        self._give_up()
 
     @property
     def port(self) -> int:
@@ -225,7 +244,7 @@ class AsenaServer:
     @property
     def ready(self) -> bool:
         """Whether it runs and, if there is a transport, reaches the other nodes. A load balancer may ask for it."""
-        return self._state == "running" and (self.cluster is None or self.cluster.ready)
+        return self.state == "running" and (self.cluster is None or self.cluster.ready)
 
     # -- starting
 
@@ -245,21 +264,22 @@ class AsenaServer:
         """
         if hosting not in ("thread", "kernel"):
             raise ConfigurationError(f'hosting is "thread" or "kernel", not {hosting!r}')
-        with self._lock:
-            if self._state in ("starting", "running"):
+        with self._lock, _turn(self._wanted_port):
+            if self.state in ("starting", "running"):
                 if self._hosting != hosting:
                     raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
                 return self
             self._begin(hosting)
-            old = self._predecessor()
             try:
+                old = self._predecessor()
                 if hosting == "thread" and old is not None:
                     assert old._thread is not None
+                    old._await_answer()
                     old._thread.submit(lambda: self._replace(old))
                     self._thread, old._thread = old._thread, None
                 elif hosting == "thread":
                     self._thread = LoopThread(f"asena-{self._wanted_port}", self._loop)
-                    self._thread.submit(self._open)
+                    self._thread.start().submit(self._open)
                 else:
                     loop = running_loop()
                     if loop is None:
@@ -322,7 +342,7 @@ class AsenaServer:
 
     async def __aenter__(self) -> Self:
         with self._lock:
-            if self._state in ("starting", "running"):
+            if self.state in ("starting", "running"):
                 raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
             self._begin("caller")
         try:
@@ -393,6 +413,7 @@ class AsenaServer:
 
     def _give_up(self) -> None:
         self._state = "stopped"
+        _running.discard(self)
         switching.release(self)
         self._site.end("the server could not start")
         if self._http is not None:
@@ -405,6 +426,7 @@ class AsenaServer:
     def _prepare(self) -> None:
         """Everything that needs no waiting, on the loop's thread."""
         self._site.build()
+        self._check_address()
         if self._hosting != "app":
             self._listeners = listen(self._wanted_port, self._address)
             self._port = self._listeners[0].getsockname()[1]
@@ -418,12 +440,13 @@ class AsenaServer:
         if self._door is None or self._door.is_shut:
             self._prepare()
         try:
+            http = self._make_http() if self._listeners else None
             await self._site.start()
         except BaseException:
             assert self._door is not None
             self._door.shut()
             raise
-        self._listen()
+        self._listen(http)
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
         """On a loop that runs this very code: what has to be awaited goes on in a task."""
@@ -431,6 +454,7 @@ class AsenaServer:
             self._prepare()
         else:
             self._site.build()
+            self._check_address()
             self._door, self._port = old._door, old._port
 
         async def finish() -> None:
@@ -438,7 +462,7 @@ class AsenaServer:
                 await (self._open() if old is None else self._replace(old))
             except BaseException as error:
                 self._give_up()
-                if not isinstance(error, Exception):
+                if must_propagate(error):
                     raise  # stopped while it was starting
                 self._failure = error
                 log.exception("the server could not start")
@@ -464,7 +488,6 @@ class AsenaServer:
                     or (self._hosting == "kernel" and old._door_is_elsewhere())
                     or other_loop
                 ):
-                    self._state = "new"
                     how = f"loop={old._door.kind!r}" if other_loop and old._door else f"hosting={old._hosting!r}"
                     raise PortInUseError(
                         f"port {old._port} is served by an earlier server of this process ({how}); "
@@ -475,19 +498,37 @@ class AsenaServer:
                 return old
         return None
 
+    def _await_answer(self) -> None:
+        """Wait until the loop hears us. Raises `ServerStateError` when it is held up for too long."""
+        assert self._thread is not None
+        try:
+            self._thread.submit(_nothing, timeout=STOP_TIMEOUT)
+        except TimeoutError:
+            raise ServerStateError(
+                f"the earlier server on port {self._port} does not answer within {STOP_TIMEOUT:g} s, and stays as it "
+                f"was; what holds up its loop: {_where(self._thread.ident)}"
+            ) from None
+
     def _door_is_elsewhere(self) -> bool:
         return self._door is None or self._door.loop is not running_loop()
 
     async def _replace(self, old: AsenaServer) -> None:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
         assert old._door is not None
-        remains = await self._site.take_over(old._site, old._door)
+        self._check_address()
+        own, self._desk = self._desk, old._desk  # whose views and page go on
+        try:
+            http = self._make_http()
+            remains = await self._site.take_over(old._site, old._door)
+        except BaseException:
+            self._desk = own
+            raise
         # Nor does anything wait from here on: what listens and who is asked change along with the site.
         self._door, self._port = old._door, old._port
         # Duplicates, because a Tornado server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
-        self._desk = old._desk.pass_to(self)
-        self._listen()
+        self._desk.pass_to(self)
+        self._listen(http)
         old_http, old._http, old._listeners = old._http, None, []
         if old_http is not None:
             old_http.stop()
@@ -507,27 +548,36 @@ class AsenaServer:
             await _close_http(http)
         old._door = None
 
-    def _listen(self) -> None:
+    def _check_address(self) -> None:
+        """Raise `ConfigurationError` for a ``public_url`` that is none: while there is still nothing to undo."""
+        reach(self._wanted_port, "", template=self._public_url)
+
+    def _make_http(self) -> HTTPServer:
+        """Everything about HTTP that could fail; it does not listen yet."""
+        app = Application(
+            self.routes(),
+            log_function=_log_request,
+            default_handler_class=ControllerHandler,
+            default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
+        )
+        return HTTPServer(
+            Front(app, lambda path: self._site.endpoints.get(path)),
+            ssl_options=self._ssl,
+            idle_connection_timeout=self._options.handshake_timeout,
+            body_timeout=self._options.handshake_timeout,
+            max_header_size=_MAX_HEADER_SIZE,
+            max_body_size=self._max_body_size,
+        )
+
+    def _listen(self, http: HTTPServer | None) -> None:
+        """From here on clients are let in. Nothing of this fails."""
         if beside():
             switching.hold(self, self._switch_interval)
             for listener in self._listeners:
                 hold(listener)  # and with it what it accepts
-        if self._listeners:
-            app = Application(
-                self.routes(),
-                log_function=_log_request,
-                default_handler_class=ControllerHandler,
-                default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
-            )
-            self._http = HTTPServer(
-                Front(app, self._site.endpoints.get),
-                ssl_options=self._ssl,
-                idle_connection_timeout=self._options.handshake_timeout,
-                body_timeout=self._options.handshake_timeout,
-                max_header_size=_MAX_HEADER_SIZE,
-                max_body_size=self._max_body_size,
-            )
-            self._http.add_sockets(self._listeners)
+        if http is not None:
+            self._http = http
+            http.add_sockets(self._listeners)
             self._origins.allow(self._reach().origin)
         self._state = "running"
         _running.add(self)
@@ -537,36 +587,82 @@ class AsenaServer:
     def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """Stop accepting, close every socket with 1001, run every ``on_close``, stop components, free the port.
 
-        Waits at most ``timeout`` seconds for the clients, then cuts them off. Stopping a stopped server changes
+        Handlers that run may finish, for ``handler_grace`` seconds; clients that do not go are cut off, and what
+        still runs after ``timeout`` seconds is cancelled. Where the loop itself is held up, by a handler that blocks
+        it, this returns a second later all the same, and logs what holds it up. Stopping a stopped server changes
         nothing. From a handler it returns at once and the server stops as soon as it can.
         """
-        if self._state in ("new", "replaced"):
+        if self.state in ("new", "replaced"):
             return
         door = self._door
-        if door is not None and not door.is_shut and door.inside():
-            if self._site.handling or (self._thread is not None and self._thread.current):
-                self._close_soon(timeout)
-            else:
-                run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
-            return
-        with self._lock:
-            door = self._door
-            if self._state in ("starting", "running", "stopping") and door is not None:
-                patience = PATIENCE if running_loop() is None else _HASTE
-                asyncio.run_coroutine_threadsafe(self._aclose(timeout, patience), door.loop).result()
-            self._end_thread()
+        if door is not None and not door.is_shut:
+            if door.inside():
+                if self._site.handling or (self._thread is not None and self._thread.current):
+                    self._close_soon(timeout)
+                else:
+                    run_nested(door.loop, self.aclose(timeout=timeout), "await server.aclose()")
+                return
+            if self._site.handling:
+                # In a thread that a handler waits for, as `asyncio.to_thread` has it.
+                door.run(self._close_soon, timeout)
+                return
+        deadline = time.monotonic() + timeout + _SLACK
+        if not self._lock.acquire(timeout=timeout + _SLACK):
+            raise ServerStateError("another thread is still starting or stopping this server")
+        try:
+            with _turn(self._port, timeout=timeout + _SLACK):
+                self._stop_and_wait(timeout, deadline)
+        finally:
+            self._lock.release()
+
+    def _stop_and_wait(self, timeout: float, deadline: float) -> None:
+        door = self._door
+        if self.state in ("starting", "running", "stopping") and door is not None:
+            patience = PATIENCE if running_loop() is None else _HASTE
+            # Not in the caller's context, which may be that of another server's handler.
+            stopping = in_empty_context(
+                lambda: asyncio.run_coroutine_threadsafe(self._aclose(timeout, patience), door.loop)
+            )
+            try:
+                stopping.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                # It stops when it gets to it; nothing more can be done about a thread that does not give way.
+                log.error(
+                    "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
+                    self,
+                    timeout,
+                    _where(door.thread),
+                )
+                return
+        self._end_thread()
 
     async def aclose(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """What `stop` does, awaitable from any loop. In a handler it returns at once."""
         door = self._door
-        if self._state in ("new", "stopped", "replaced") or door is None:
+        if self.state in ("new", "stopped", "replaced") or door is None:
             return
-        if threading.get_ident() != door.thread:
+        if threading.get_ident() == door.thread:
+            await self._aclose(timeout, PATIENCE)
+            return
+        if self._site.handling:
+            door.run(self._close_soon, timeout)
+            return
+        stopping = in_empty_context(
+            lambda: asyncio.run_coroutine_threadsafe(self._aclose(timeout, PATIENCE), door.loop)
+        )
+        try:
             with waking():
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.aclose(timeout=timeout), door.loop))
-            self._end_thread()
+                async with asyncio.timeout(timeout + _SLACK):
+                    await asyncio.shield(asyncio.wrap_future(stopping))
+        except TimeoutError:
+            log.error(
+                "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
+                self,
+                timeout,
+                _where(door.thread),
+            )
             return
-        await self._aclose(timeout, PATIENCE)
+        self._end_thread()
 
     async def _aclose(self, timeout: float, patience: float) -> None:
         self._close_soon(timeout, patience)
@@ -592,21 +688,24 @@ class AsenaServer:
         self._listeners = []
 
     async def _close(self, timeout: float, patience: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
-            await asyncio.wait([self._opening])
+            await _wait_for(self._opening, deadline, "the start")
         if self._retiring is not None:
-            await asyncio.wait([self._retiring])
+            await _wait_for(self._retiring, deadline, "the end of the server that this one replaced")
         self._state = "stopping"
         _running.discard(self)
         try:
             self._site.refuse_handshakes()
             if self._http is not None:
                 self._http.stop()
-            await self._site.drain(timeout, patience)
+            await self._site.drain(deadline, patience)
             if self._http is not None:
                 await _close_http(self._http)
-            await self._site.stop()
+            ending = loop.create_task(self._site.stop(deadline))
+            await _wait_for(ending, max(deadline, loop.time()) + _LAST_WORDS, "stopping its components")
         finally:
             assert self._door is not None
             self._door.shut()
@@ -671,6 +770,7 @@ class AsenaServer:
         return self
 
     def _open_door(self) -> LoopDoor:
+        self._notice_the_end()
         if self._failure is not None:
             raise ServerStateError(f"the server could not start: {self._failure}") from self._failure
         if self._state == "replaced":
@@ -700,6 +800,61 @@ class AsenaServer:
         table = f"<table>{rows}</table>" if rows else ""
         note = self._reach().note if rows else ""
         return f"<div>{html.escape(repr(self))}{table}{f'<small>{html.escape(note)}</small>' if note else ''}</div>"
+
+
+async def _nothing() -> None:
+    """Done as soon as the loop gets to it."""
+
+
+async def _wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:
+    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; who goes on is left behind."""
+    loop = asyncio.get_running_loop()
+    await asyncio.wait([task], timeout=max(0.0, deadline - loop.time()))
+    if not task.done():
+        log.error("%s did not finish in time and is cancelled: %s", what, _frames(task))
+        task.cancel()
+        await asyncio.wait([task], timeout=_LAST_WORDS)
+    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s failed", what, exc_info=error)
+
+
+def _frames(task: asyncio.Task[Any]) -> str:
+    """Where a task waits: the innermost of its own frames."""
+    waits: Any = task.get_coro()
+    place = "it has ended"
+    while waits is not None:
+        frame = getattr(waits, "cr_frame", None)
+        if frame is None:
+            break
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        waits = getattr(waits, "cr_await", None)
+    return place
+
+
+def _where(thread: int | None) -> str:
+    """What a thread executes, innermost first."""
+    frame = sys._current_frames().get(thread or 0)
+    places = [f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_stack(frame)[-3:]] if frame else []
+    return ", from ".join(reversed(places)) or "nothing: its thread has ended"
+
+
+# Who starts or stops on a port takes turns; by port, as two objects may want the same one.
+_turns: dict[int, threading.RLock] = {}
+
+
+@contextlib.contextmanager
+def _turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
+    """One at a time per port, for as long as ``timeout`` seconds."""
+    if not port:  # any free one: nobody else's
+        yield
+        return
+    lock = _turns.setdefault(port, threading.RLock())
+    if not lock.acquire(timeout=timeout):
+        raise ServerStateError(f"another server is still starting or stopping on port {port}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 async def _close_http(http: HTTPServer) -> None:

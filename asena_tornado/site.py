@@ -27,6 +27,7 @@ log = logging.getLogger("asena_tornado")
 # Seconds for the clients to answer a close before the connection ends without it.
 PATIENCE = 1.0
 STOP_TIMEOUT = 10.0  # seconds
+_LAST_WORDS = 0.5  # seconds for each ``on_close`` when the time is over
 _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
 
 
@@ -153,9 +154,13 @@ class Site:
             await self.stop()
             raise
 
-    async def stop(self) -> None:
-        """Run every ``on_stop`` and leave the cluster."""
-        await self.container.stop()
+    async def stop(self, deadline: float | None = None) -> None:
+        """Run every ``on_stop`` and leave the cluster; what still runs at ``deadline`` (loop time) is cancelled."""
+        token = serving.set(self._owner)
+        try:
+            await self.container.stop(until=deadline)
+        finally:
+            serving.reset(token)
         cluster, self.cluster = self.cluster, None
         if cluster is not None:
             await cluster.stop()
@@ -166,10 +171,9 @@ class Site:
         for endpoint in self.endpoints.values():
             endpoint.closing = True
 
-    async def drain(self, timeout: float, patience: float) -> None:
-        """Close every socket with 1001 and let handlers and requests end, for ``timeout`` seconds at most."""
-        deadline = asyncio.get_running_loop().time() + timeout
-        await _close_sockets(list(self.namespaces.values()), timeout, patience, 1001, "the server is stopping")
+    async def drain(self, deadline: float, patience: float) -> None:
+        """Let handlers and requests end, and close every socket with 1001, until ``deadline`` (loop time) at most."""
+        await _close_sockets(list(self.namespaces.values()), deadline, patience, 1001, "the server is stopping")
         await self.controllers.drain(deadline)
 
     def end(self, why: str) -> None:
@@ -244,19 +248,22 @@ class Site:
     async def bury(self, remains: Remains) -> None:
         """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
         old = remains.site
-        await _close_sockets(remains.gone, STOP_TIMEOUT, PATIENCE, 1012, "this namespace is gone")
-        await old.controllers.drain(asyncio.get_running_loop().time() + STOP_TIMEOUT)
+        deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
+        await _close_sockets(remains.gone, deadline, PATIENCE, 1012, "this namespace is gone")
+        await old.controllers.drain(deadline)
         if remains.cluster is not None:
             await remains.cluster.stop()
-        await old.container.stop(successor=self.container)
+        await old.container.stop(successor=self.container, until=deadline)
         old.ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
         old.namespaces, old.endpoints, old._outbox = {}, {}, None
 
 
 async def _close_sockets(
-    namespaces: Sequence[Namespace], timeout: float, patience: float, code: int, reason: str
+    namespaces: Sequence[Namespace], deadline: float, patience: float, code: int, reason: str
 ) -> None:
-    """Close every socket and wait until each ``on_close`` has run; after ``timeout`` seconds cut them off."""
+    """Close every socket once its handler is done, and wait until each ``on_close`` has run; at ``deadline`` (loop
+    time) cut them off."""
+    loop = asyncio.get_running_loop()
     gone = asyncio.Event()
 
     def look() -> None:
@@ -265,23 +272,30 @@ async def _close_sockets(
 
     look()
     for namespace in namespaces:
+        # Time has to be left for the good-byes.
+        grace = max(0.0, min(namespace.options.handler_grace, (deadline - loop.time()) / 2))
         everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):
             for socket in everyone[i : i + _CLOSE_BATCH]:
-                socket._connection.close(code, reason, patience=patience)
+                socket._connection.retire(code, reason, grace=grace, patience=patience)
             await asyncio.sleep(0)
         namespace.when_empty(look)
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout_at(deadline):
             await gone.wait()
     except TimeoutError:
         left = [socket for namespace in namespaces for socket in namespace.leaving]
         log.warning("%s sockets did not go in time and are cut off", len(left))
-        for socket in left:
-            socket._connection.cut_off()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await gone.wait()
+        # Once for what runs, and once more for the on_close that runs then.
+        for seconds in (_LAST_WORDS, _LAST_WORDS / 5):
+            for socket in left:
+                socket._connection.cut_off()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await gone.wait()
+        for namespace in namespaces:
+            # A handler that does not let itself be cancelled must not count for the next start.
+            namespace.abandon()
 
 
 def _listed_paths(components: Sequence[Any]) -> tuple[str, ...]:

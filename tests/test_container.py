@@ -1202,7 +1202,7 @@ async def test_every_on_stop_runs_and_failures_are_logged(caplog):
     await container.stop()
     assert log == ["stop B", "stop C"]
     assert [record.getMessage() for record in caplog.records] == [
-        "Cancelling.on_stop() let a CancelledError out",
+        "Cancelling.on_stop() failed",
         "Failing.on_stop() failed",
     ]
     assert {record.name for record in caplog.records} == {"asena_tornado"}

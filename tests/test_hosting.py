@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -64,7 +65,7 @@ class Slow:
 
 @pytest.fixture
 def thread() -> Iterator[LoopThread]:
-    thread = LoopThread("a loop")
+    thread = LoopThread("a loop").start()
     yield thread
     thread.stop()
 
@@ -443,11 +444,15 @@ def test_a_second_signal_does_not_wait_for_a_handler_that_hangs() -> None:
         with connect_sync(script.line()) as client:
             client.send("hang")
             assert script.line() == "message hang"
-            script.process.send_signal(signal.SIGINT)
             assert client.recv() == "welcome"
+            script.process.send_signal(signal.SIGINT)
+            # It drains, for as long as a handler may take, once nobody listens any more.
+            with pytest.raises(ConnectionRefusedError):
+                while True:
+                    socket.create_connection(client.socket.getpeername()[:2]).close()
+            script.process.send_signal(signal.SIGINT)
             with pytest.raises(WebsocketsClosed):
                 client.recv()
-            script.process.send_signal(signal.SIGINT)
             code, out, err = script.end()
             assert (code, out.splitlines()[-1]) == (0, "after run")
             assert "Traceback" not in err

@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidMessageError, SocketClosedError
+from ..errors import InvalidMessageError, SocketClosedError, must_propagate
+from ..hosting import pass_interrupt_on
 from ..messages import BINARY, TEXT, Message, frame
 from ..namespace import serving
 from ..sockets import ReadyState
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
-
-# What a handler may raise without anybody else taking notice. SystemExit would end the loop and so the server.
-_RAISED = (Exception, asyncio.CancelledError, SystemExit)
 
 _NOTHING_OWED: list[int] = []  # one for all, as most connections are idle; never appended to
 
@@ -61,6 +59,7 @@ class Connection:
         "_overflowing",
         "_parser",
         "_reason",
+        "_retiring",
         "_stalled",
         "_stopping",
         "_task",
@@ -118,6 +117,7 @@ class Connection:
         self._overflowing = False
         self._stalled = False
         self._stopping = False
+        self._retiring: tuple[int, str, float] | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._close_timer: asyncio.TimerHandle | None = None
@@ -347,6 +347,28 @@ class Connection:
         # Whatever was held back is no longer wanted, but the client's close frame is.
         self._release()
 
+    def retire(self, code: int, reason: str, *, grace: float, patience: float) -> None:
+        """Read no more, and close once the handler is done with what has arrived, after ``grace`` seconds at most."""
+        if self.state is not ReadyState.OPEN or self._retiring is not None:
+            self.close(code, reason, patience=patience)
+            return
+        self._retiring = code, reason, patience
+        self._parser.held = True
+        self.channel.pause()
+        if self._wake is not None and not self._inbox:
+            self._retire()
+        else:
+            self._grace_timer = self._loop.call_later(grace, self._retire)
+
+    def _retire(self) -> None:
+        """The handler is done, or has had the time it may take."""
+        assert self._retiring is not None
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
+        code, reason, patience = self._retiring
+        self.close(code, reason, patience=patience)
+
     def terminate(self) -> None:
         """Cut the connection without a close frame."""
         self.channel.abort()
@@ -416,7 +438,9 @@ class Connection:
                 self._wake.set_result(None)
             self._wake = None
         elif not self._stopping and self._task is not None:
-            self._grace_timer = self._loop.call_later(self._options.handler_grace, self._cancel_handler)
+            # Whoever is being retired has had that time already.
+            grace = self._options.handler_grace if self._retiring is None else 0.0
+            self._grace_timer = self._loop.call_later(grace, self._cancel_handler)
         self._stopping = True
 
     def _cancel_handler(self) -> None:
@@ -467,14 +491,16 @@ class Connection:
                 except InvalidMessageError as error:
                     self._note(error)
                     await self._run(hooks.invalid, socket, error)
-                except _RAISED as error:
+                except BaseException as error:
                     await self._handler_failed(error)
-                if not inbox and self._parser.held:
+                if not inbox and self._parser.held and self._retiring is None:
                     # A chunk may hold thousands of messages: others get their turn in between.
                     await asyncio.sleep(0)
                     self._release()
             if self._stopping:
                 return
+            if self._retiring is not None and self.state is ReadyState.OPEN:
+                self._retire()
             self._wake = self._loop.create_future()
             await self._wake
 
@@ -494,13 +520,14 @@ class Connection:
             result = hook(*args)
             if result is not None and isawaitable(result):
                 await result
-        except _RAISED as error:
+        except BaseException as error:
             await self._handler_failed(error)
 
     async def _handler_failed(self, error: BaseException) -> None:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise error  # it is we who are cancelled, not something the handler waited for
+        if must_propagate(error):
+            raise error
+        if isinstance(error, KeyboardInterrupt):
+            pass_interrupt_on()
         self._note(error)
         if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
             log.info("%s: its client went away while a handler was running: %s", self.socket, error)
@@ -510,7 +537,9 @@ class Connection:
             result = self._namespace.hooks.error(self.socket, error)
             if result is not None and isawaitable(result):
                 await result
-        except (Exception, SystemExit) as second:
+        except BaseException as second:
+            if must_propagate(second):
+                raise
             log.error("%s: on_error failed as well", self.socket, exc_info=second)
             self.close(1011, "internal error")
 
@@ -525,7 +554,9 @@ class Connection:
             return
         try:
             result = hook(self.socket, *args)
-        except _RAISED as error:
+        except BaseException as error:
+            if must_propagate(error):
+                raise
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):

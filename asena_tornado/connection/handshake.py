@@ -24,6 +24,7 @@ from tornado.httputil import (
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
+from ..errors import must_propagate
 from ..hosting import beside, hold, random_bytes
 from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
@@ -101,7 +102,9 @@ class Handshake:
             values = namespace.hooks.values(values, from_query=from_query)
         except ValidationError as invalid:
             raise Refusal(400, f"invalid data for {namespace.path}", errors=validation_errors(invalid)) from None
-        except Exception:  # raised by the user's own validators
+        except BaseException as error:  # raised by the user's own validators
+            if must_propagate(error):
+                raise
             log.exception("%s: the values of a client could not be validated", namespace.path)
             raise Refusal(500, "internal error") from None
         # Others may have connected while middleware was waiting.

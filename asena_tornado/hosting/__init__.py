@@ -1,9 +1,18 @@
 """Where a server's loop lives, what it listens on, and how it is reached."""
 
 from .held import hold, random_bytes
-from .kernel import in_cell, waking
+from .kernel import in_cell, pass_interrupt_on, waking
 from .listen import listen
-from .loops import LoopDoor, LoopKind, LoopThread, beside, in_empty_context, new_event_loop, run_nested, running_loop
+from .loops import (
+    LoopDoor,
+    LoopKind,
+    LoopThread,
+    beside,
+    in_empty_context,
+    new_event_loop,
+    run_nested,
+    running_loop,
+)
 from .reachability import Reach, reach
 from .switching import switching
 
@@ -18,6 +27,7 @@ __all__ = [
     "in_empty_context",
     "listen",
     "new_event_loop",
+    "pass_interrupt_on",
     "random_bytes",
     "reach",
     "run_nested",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ def in_cell() -> bool:
         and kernel.IPKernelApp.initialized()
         and threading.current_thread() is threading.main_thread()
     )
+
+
+def pass_interrupt_on() -> None:
+    """An interrupt that struck a handler was meant for the cell that runs: the kernel hears it once more."""
+    if in_cell():
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
 
 
 @contextlib.contextmanager

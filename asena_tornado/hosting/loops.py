@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigurationError, ServerStateError
+from ..errors import ConfigurationError, ServerStateError, must_propagate
 from .held import HeldLoop
 from .kernel import waking, why_not_nested
 
@@ -62,7 +62,9 @@ class LoopDoor:
             function, args = self._posted.popleft()
             try:
                 function(*args)
-            except Exception:
+            except BaseException as error:
+                if must_propagate(error):
+                    raise
                 log.exception("a call from another thread failed")
 
     def call(self, work: Callable[[], R | Awaitable[R]], *, timeout: float | None) -> R:
@@ -84,7 +86,7 @@ class LoopDoor:
         """
         if self.inside():
             return await _complete(work)
-        completion = _complete(work)
+        completion = _boxed(lambda: _complete(work))
         try:
             future = asyncio.run_coroutine_threadsafe(completion, self.loop)
         except RuntimeError as error:
@@ -92,7 +94,7 @@ class LoopDoor:
             raise ServerStateError("the server's event loop is closed") from error
         try:
             with waking():
-                return await asyncio.wrap_future(future)
+                return _unboxed(await asyncio.wrap_future(future))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._shut or (task is not None and task.cancelling()):
@@ -135,10 +137,10 @@ def _wait(work: Callable[[], Coroutine[Any, Any, R]], loop: asyncio.AbstractEven
             if task is not None:
                 task.cancel()
 
-    future: concurrent.futures.Future[R] | None = None
+    future: concurrent.futures.Future[R | _Raised] | None = None
     try:
-        future = asyncio.run_coroutine_threadsafe(run(), loop)
-        return future.result(timeout)
+        future = asyncio.run_coroutine_threadsafe(_boxed(run), loop)
+        return _unboxed(future.result(timeout))
     except BaseException as error:
         if future is not None and future.done():
             raise  # by the work itself
@@ -151,6 +153,26 @@ def _wait(work: Callable[[], Coroutine[Any, Any, R]], loop: asyncio.AbstractEven
         raise
 
 
+class _Raised:
+    """What would end the loop if a task raised it there; it is raised where the result is waited for."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def _boxed(work: Callable[[], Coroutine[Any, Any, R]]) -> R | _Raised:
+    try:
+        return await work()
+    except (SystemExit, KeyboardInterrupt) as error:
+        return _Raised(error)
+
+
+def _unboxed(result: R | _Raised) -> R:
+    if isinstance(result, _Raised):
+        raise result.error
+    return result
+
+
 async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
     result = work()
     if inspect.isawaitable(result):
@@ -159,24 +181,48 @@ async def _complete(work: Callable[[], R | Awaitable[R]]) -> R:
 
 
 class LoopThread:
-    """A daemon thread with a loop of its own."""
+    """A daemon thread with a loop of its own, which only `stop` ends, whatever its callbacks raise."""
 
-    def __init__(self, name: str, loop: LoopKind = "auto") -> None:
-        self.loop = new_event_loop(loop, beside=True)
+    def __init__(self, name: str, kind: LoopKind = "auto") -> None:
+        """Nothing runs yet, so that an interrupted `start` loses nothing."""
+        self.loop: asyncio.AbstractEventLoop
         self.door: LoopDoor
+        self._kind: LoopKind = kind
         self._ready = threading.Event()
+        self._stopping = False
+        self._failure: BaseException | None = None
         # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
         # A new thread starts in an empty context, so what handlers print goes to the latest cell.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> LoopThread:
+        """Start the thread; returns once its loop runs. Raises `ConfigurationError` for a loop that is not there."""
         self._thread.start()
         self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self
 
     def _run(self) -> None:
-        self.door = LoopDoor(self.loop)
+        try:
+            # Made here, where no interrupt strikes.
+            self.loop = new_event_loop(self._kind, beside=True)
+            self.door = LoopDoor(self.loop)
+        except BaseException as error:
+            self._failure = error
+            self._ready.set()
+            return
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._ready.set)
         try:
-            self.loop.run_forever()
+            while not self._stopping:
+                try:
+                    self.loop.run_forever()
+                except BaseException as error:
+                    log.exception("%s in a callback of the server's loop, which goes on", type(error).__name__)
+                else:
+                    if not self._stopping:
+                        log.error("a callback has stopped the server's loop, which goes on: use server.stop()")
         finally:
             try:
                 self.loop.run_until_complete(_cancel_others())
@@ -185,28 +231,42 @@ class LoopThread:
                 asyncio.set_event_loop(None)
                 self.loop.close()
 
-    def submit(self, work: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """Run on the loop and wait; an interrupted wait cancels it."""
-        return in_empty_context(lambda: _wait(work, self.loop, None))
+    def submit(self, work: Callable[[], Coroutine[Any, Any, R]], *, timeout: float | None = None) -> R:
+        """Run on the loop and wait; a wait that is interrupted, or over ``timeout`` seconds, cancels it."""
+        return in_empty_context(lambda: _wait(work, self.loop, timeout))
 
-    def stop(self) -> None:
-        """End the loop and the thread; does not wait when called on the thread itself."""
-        with contextlib.suppress(RuntimeError):  # it has ended already, and its loop is closed
-            self.loop.call_soon_threadsafe(self.loop.stop)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
+    def _end(self) -> None:
+        self._stopping = True
+        self.loop.stop()
+
+    def stop(self, *, timeout: float = 5.0) -> None:
+        """End the loop and the thread; waits ``timeout`` seconds at most, and not at all on the thread itself."""
+        if self._thread.is_alive():
+            self._ready.wait(timeout)  # an interrupted start: the loop is about to run
+        with contextlib.suppress(RuntimeError, AttributeError):  # it has ended already, or never began
+            self.loop.call_soon_threadsafe(self._end)
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join(timeout)
 
     @property
     def current(self) -> bool:
         """Whether the caller is on this thread."""
         return threading.current_thread() is self._thread
 
+    @property
+    def ident(self) -> int | None:
+        """The thread's, as ``threading.get_ident`` tells it."""
+        return self._thread.ident
+
 
 async def _cancel_others() -> None:
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    if tasks:
+        # Who does not let itself be cancelled is left behind: nothing must keep the loop from ending.
+        done, _ = await asyncio.wait(tasks, timeout=1)
+        await asyncio.gather(*done, return_exceptions=True)  # which takes note of what they raised
 
 
 def new_event_loop(kind: LoopKind = "auto", *, beside: bool = False) -> asyncio.AbstractEventLoop:

@@ -93,10 +93,9 @@ class Desk:
         self._server = weakref.ref(server)
         self.widgets: dict[tuple[str | None, bool], Any] = {}
 
-    def pass_to(self, server: AsenaServer) -> Desk:
+    def pass_to(self, server: AsenaServer) -> None:
         """From now on the views look at this server."""
         self._server = weakref.ref(server)
-        return self
 
     @property
     def server(self) -> AsenaServer:

@@ -138,7 +138,7 @@ class BlockingUlakClient:
         self._thread: LoopThread | None = None
 
     def __enter__(self) -> Self:
-        self._thread = LoopThread("asena-ulak")
+        self._thread = LoopThread("asena-ulak").start()
         try:
             self._thread.submit(self._client.__aenter__)
         except BaseException:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
 
-from ..errors import RoomNameError, TransportError
+from ..errors import RoomNameError, TransportError, must_propagate
 from ..messages import Message, valid_close_code
 from .contract import Transport
 from .envelope import (
@@ -324,7 +324,9 @@ class Cluster:
         if self.on_gap is not None:
             try:
                 self.on_gap(gap)
-            except Exception:  # the user's own code
+            except BaseException as error:  # the user's own code
+                if must_propagate(error):
+                    raise
                 log.exception("on_gap failed")
 
     def _warn(self, text: str, *args: object) -> None:
