@@ -163,4 +163,12 @@ def must_propagate(error: BaseException) -> bool:
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
-    return isinstance(error, GeneratorExit)
+    # A coroutine that is closed, and not run by its task, cannot await anything more.
+    return isinstance(error, GeneratorExit) and _no_task_runs()
+
+
+def _no_task_runs() -> bool:
+    try:
+        return asyncio.current_task() is None
+    except RuntimeError:
+        return True

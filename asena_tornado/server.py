@@ -626,13 +626,7 @@ class AsenaServer:
             try:
                 stopping.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
-                # It stops when it gets to it; nothing more can be done about a thread that does not give way.
-                log.error(
-                    "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
-                    self,
-                    timeout,
-                    _where(door.thread),
-                )
+                self._leave_behind(timeout, door)
                 return
         self._end_thread()
 
@@ -655,12 +649,7 @@ class AsenaServer:
                 async with asyncio.timeout(timeout + _SLACK):
                     await asyncio.shield(asyncio.wrap_future(stopping))
         except TimeoutError:
-            log.error(
-                "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
-                self,
-                timeout,
-                _where(door.thread),
-            )
+            self._leave_behind(timeout, door)
             return
         self._end_thread()
 
@@ -670,8 +659,19 @@ class AsenaServer:
         if not self._site.handling and self._closing is not None:
             await asyncio.shield(self._closing)
 
+    def _leave_behind(self, timeout: float, door: LoopDoor) -> None:
+        """It stops when it gets to it: nothing more can be done about a thread that does not give way."""
+        if self._state == "running":
+            self._state = "stopping"
+        log.error(
+            "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
+            self,
+            timeout,
+            _where(door.thread),
+        )
+
     def _close_soon(self, timeout: float, patience: float = PATIENCE) -> None:
-        if self._closing is None and self._state in ("starting", "running"):
+        if self._closing is None and self._state in ("starting", "running", "stopping"):
             loop = asyncio.get_running_loop()
             self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout, patience)))
 

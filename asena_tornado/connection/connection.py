@@ -555,8 +555,6 @@ class Connection:
         try:
             result = hook(self.socket, *args)
         except BaseException as error:
-            if must_propagate(error):
-                raise
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):

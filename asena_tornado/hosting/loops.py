@@ -213,7 +213,7 @@ class LoopThread:
             self._ready.set()
             return
         asyncio.set_event_loop(self.loop)
-        self.loop.call_soon(self._ready.set)
+        self._ready.set()
         try:
             while not self._stopping:
                 try:
@@ -235,16 +235,11 @@ class LoopThread:
         """Run on the loop and wait; a wait that is interrupted, or over ``timeout`` seconds, cancels it."""
         return in_empty_context(lambda: _wait(work, self.loop, timeout))
 
-    def _end(self) -> None:
-        self._stopping = True
-        self.loop.stop()
-
     def stop(self, *, timeout: float = 5.0) -> None:
         """End the loop and the thread; waits ``timeout`` seconds at most, and not at all on the thread itself."""
-        if self._thread.is_alive():
-            self._ready.wait(timeout)  # an interrupted start: the loop is about to run
+        self._stopping = True  # also for a thread whose start was interrupted, and which is only about to run
         with contextlib.suppress(RuntimeError, AttributeError):  # it has ended already, or never began
-            self.loop.call_soon_threadsafe(self._end)
+            self.loop.call_soon_threadsafe(self.loop.stop)
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join(timeout)
 
