@@ -1,7 +1,5 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
-import logging
-
 from .broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
 from .client import Client, connect
 from .container import Inject, Service
@@ -92,6 +90,3 @@ __all__ = [
     "connect",
     "ulak",
 ]
-
-# What a library logs is the application's to show; without this, errors would be spilled into notebook cells.
-logging.getLogger("asena_tornado").addHandler(logging.NullHandler())

@@ -7,10 +7,12 @@ import contextlib
 import itertools
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .messages import Message
@@ -34,6 +36,10 @@ EventKind = Literal[
 # Of one namespace. Past this, looking at the traffic would slow it down; what is left out is counted.
 _MESSAGES_PER_SECOND = 2000
 _PREVIEW = 120  # characters of a message that are kept
+_FAILURES = 100  # of hooks, with their tracebacks
+_TRACEBACK = 8000  # characters of one that are kept: its end, where the error is
+_ERROR_LINE = 300  # characters of an error in one line
+_OWN_FILES = str(Path(__file__).parent)
 # One order for the events of all namespaces.
 _numbers = itertools.count(1)
 
@@ -91,6 +97,23 @@ class Event(NamedTuple):
         return f"{self.at.astimezone():%H:%M:%S} {self.namespace}{who} {self.sentence}"
 
 
+class HandlerError(NamedTuple):
+    """What a hook raised. ``where``: the hook, as in ``"ChatSocket.on_message"``; ``error``: one line."""
+
+    at: datetime
+    namespace: str
+    socket: str
+    where: str
+    error: str
+    traceback: str
+
+    def __str__(self) -> str:
+        return self.traceback
+
+    def __repr__(self) -> str:
+        return f"{self.at.astimezone():%H:%M:%S} {self.where} raised {self.error}"
+
+
 class EventLog:
     """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept.
 
@@ -100,6 +123,7 @@ class EventLog:
 
     __slots__ = (
         "_budget",
+        "_failures",
         "_lock",
         "_messages",
         "_path",
@@ -116,6 +140,7 @@ class EventLog:
         # Apart, so that traffic does not push out the last error.
         self._story: deque[Event] = deque(maxlen=limit)
         self._messages: deque[Event] = deque(maxlen=limit)
+        self._failures: deque[HandlerError] = deque(maxlen=_FAILURES)
         self._taps: tuple[weakref.ref[Tap], ...] = ()
         self._lock = threading.Lock()  # taps come and go on any thread
         self._until = self._refill_at = 0.0
@@ -139,6 +164,19 @@ class EventLog:
         self._story.append(event)
         if self._taps:
             self._tell(event)
+
+    def failed(self, socket: str, error: BaseException) -> HandlerError:
+        """Remember what a hook has raised, with its traceback."""
+        kept = HandlerError(
+            datetime.now(UTC), self._path, socket, _raised_in(error), one_line(error), _traceback_of(error)
+        )
+        self._failures.append(kept)
+        return kept
+
+    @property
+    def failures(self) -> list[HandlerError]:
+        """The latest that hooks have raised, oldest first."""
+        return list(self._failures)
 
     def received(self, socket: str, data: str | bytes) -> None:
         """A client's message; to be called while `watched`."""
@@ -312,8 +350,31 @@ def _preview(data: str | bytes) -> str:
     return _short(data)
 
 
+def one_line(error: BaseException) -> str:
+    """The kind of error and what it says, in one line that is not too long."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception as second:  # somebody's own __str__
+        text = f"(and its text cannot be had: {type(second).__name__})"
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return line if len(line) <= _ERROR_LINE else line[: _ERROR_LINE - 1] + "…"
+
+
+def _raised_in(error: BaseException) -> str:
+    """The outermost function of the user's on the way to the error, as ``Class.method``."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith(_OWN_FILES):
+            return frame.f_code.co_qualname.rpartition("<locals>.")[2]
+    return "a handler"
+
+
+def _traceback_of(error: BaseException) -> str:
+    whole = "".join(traceback.format_exception(error, limit=-30))
+    return whole if len(whole) <= _TRACEBACK else "…" + whole[-_TRACEBACK:]
+
+
 def _short(text: str) -> str:
     return text if len(text) <= _PREVIEW else text[: _PREVIEW - 1] + "…"
 
 
-__all__ = ["Event", "EventKind", "EventLog", "Tap"]
+__all__ = ["Event", "EventKind", "EventLog", "HandlerError", "Tap", "one_line"]

@@ -44,6 +44,7 @@ from .hosting import (
     reach,
     run_nested,
     running_loop,
+    show_in_cells,
     switching,
     waking,
 )
@@ -406,6 +407,7 @@ class AsenaServer:
     def _begin(self, hosting: Hosting) -> None:
         if self._state == "stopping":
             raise ServerStateError("the server is still stopping; wait for stop() to return")
+        show_in_cells(log)
         self._hosting = hosting
         self._state = "starting"
         self._failure = None

@@ -4,6 +4,7 @@ would not notice a kernel that loses those which wait."""
 import asyncio
 import os
 import queue
+import re
 import shutil
 import socket
 import tempfile
@@ -353,7 +354,7 @@ def test_what_handlers_print_goes_to_the_latest_cell(kernel: Kernel, hosting: st
 
 
 @HOSTINGS
-def test_logs_are_not_spilled_into_cells(kernel: Kernel, hosting: str):
+def test_what_goes_wrong_is_shown_in_one_line_each(kernel: Kernel, hosting: str):
     url = kernel.start(hosting=hosting)
     with connect(url) as client:
         client.send("fail")
@@ -373,8 +374,44 @@ def test_logs_are_not_spilled_into_cells(kernel: Kernel, hosting: str):
         raw.sendall(b"nonsense\r\n\r\n")
         raw.recv(100)
     kernel.run("import sys; sys.stderr.flush(); print('that was all')")
+    shown = "".join(cell.text for cell in kernel.cells.values()).replace(url, "")
+    # Standard output and standard error come as they like.
+    refused, raised, heard, last = sorted(shown.strip().splitlines())
+    assert refused == "asena_tornado: /echo: refused the origin 'http://elsewhere.example'"
+    assert re.fullmatch(
+        r"asena_tornado: Echo\.on_message raised ValueError: a handler's error \(<Socket \w+ /echo \w+>\)", raised
+    )
+    assert (heard, last) == ("heard fail", "that was all")
+    traceback = kernel.run("print(server.inspector.errors[-1])")
+    assert traceback.startswith("Traceback")
+    assert 'raise ValueError("a handler\'s error")' in traceback
+
+
+def test_a_flood_of_errors_is_no_flood_of_lines(kernel: Kernel):
+    url = kernel.start()
+    for _ in range(30):
+        with connect(url) as client:
+            client.send("fail")
+            with pytest.raises(ConnectionClosed):
+                client.recv(timeout=20)
+    kernel.run("sys.stderr.flush()")
     shown = "".join(cell.text for cell in kernel.cells.values())
-    assert shown.replace(url, "") == "\nheard fail\nthat was all\n"
+    assert shown.count("heard fail") == 30
+    assert shown.count("raised ValueError") < 15
+    assert kernel.run("print(len(server.inspector.errors))") == "30\n"
+
+
+def test_who_shows_logs_already_is_not_shown_them_twice(fresh_kernel: Kernel):
+    fresh_kernel.run("import logging; logging.basicConfig(level=logging.INFO, format='LOG %(message)s')")
+    url = fresh_kernel.start()
+    with connect(url) as client:
+        client.send("fail")
+        with pytest.raises(ConnectionClosed):
+            client.recv(timeout=20)
+    fresh_kernel.run("sys.stderr.flush(); await server.aclose()")
+    shown = "".join(cell.text for cell in fresh_kernel.cells.values())
+    assert shown.count("raised ValueError") == 1
+    assert "LOG Echo.on_message raised" in shown
 
 
 def test_an_interrupt_ends_a_call_and_what_it_waits_for(kernel: Kernel):

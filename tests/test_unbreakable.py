@@ -261,6 +261,35 @@ def test_a_loop_that_ends_without_a_stop_is_noticed(caplog: pytest.LogCaptureFix
         assert again.ready
 
 
+# -- what goes wrong is seen
+
+
+def test_a_plain_script_shows_what_its_handlers_raise() -> None:
+    source = """
+    from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket
+    from websockets.sync.client import connect
+    @WebSocket("/chat")
+    class ChatSocket(AsenaWebSocketService):
+        def on_message(self, ws, message):
+            raise ValueError("of the user")
+    with AsenaServer(ChatSocket, port=0).start() as server, connect(server.url("/chat?token=secret")) as client:
+        client.send("x")
+        try:
+            client.recv()
+        except Exception as error:
+            print(error)
+        (error,) = server.inspector.errors
+        print(repr(error)[9:], error.socket in repr(server.inspector.sockets) or "gone", sep="; ")
+    """
+    with Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=PIPE, stderr=PIPE, text=True) as script:
+        said, complaints = script.communicate(timeout=30)
+    assert script.returncode == 0, complaints
+    assert "ChatSocket.on_message raised ValueError: of the user; gone" in said
+    assert complaints.startswith("ChatSocket.on_message raised ValueError: of the user (<Socket ")
+    assert "in on_message\nValueError: of the user\n" in complaints
+    assert "secret" not in complaints
+
+
 # -- stopping has a limit
 
 

@@ -12,6 +12,7 @@ from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMessageError, SocketClosedError, must_propagate
+from ..events import one_line
 from ..hosting import pass_interrupt_on
 from ..messages import BINARY, TEXT, Message, frame
 from ..namespace import serving
@@ -532,7 +533,8 @@ class Connection:
         if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
             log.info("%s: its client went away while a handler was running: %s", self.socket, error)
         else:
-            log.error("%s: %s in a handler", self.socket, type(error).__name__, exc_info=error)
+            failure = self._events.failed(self.socket.id, error)
+            log.error("%s raised %s (%s)", failure.where, failure.error, self.socket, exc_info=error)
         try:
             result = self._namespace.hooks.error(self.socket, error)
             if result is not None and isawaitable(result):
@@ -544,7 +546,7 @@ class Connection:
             self.close(1011, "internal error")
 
     def _note(self, error: BaseException) -> None:
-        self.last_error = f"{type(error).__name__}: {error}"
+        self.last_error = one_line(error)
         self._events.record("error", self.socket.id, detail=self.last_error)
 
     def _notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """Where a server's loop lives, what it listens on, and how it is reached."""
 
 from .held import hold, random_bytes
-from .kernel import in_cell, pass_interrupt_on, waking
+from .kernel import in_cell, pass_interrupt_on, show_in_cells, waking
 from .listen import listen
 from .loops import (
     LoopDoor,
@@ -32,6 +32,7 @@ __all__ = [
     "reach",
     "run_nested",
     "running_loop",
+    "show_in_cells",
     "switching",
     "waking",
 ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import re
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 
 _WAKE_EVERY = 0.2  # seconds
+_LINES, _LINES_PER = 5, 10.0  # that many lines in so many seconds
 
 
 def in_cell() -> bool:
@@ -22,6 +25,36 @@ def in_cell() -> bool:
         and kernel.IPKernelApp.initialized()
         and threading.current_thread() is threading.main_thread()
     )
+
+
+class CellHandler(logging.Handler):
+    """What goes wrong, in one line each with the latest cell. Of a flood it shows the beginning and counts the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown: deque[float] = deque(maxlen=_LINES)
+        self._left_out = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show it, unless the user's own logging does."""
+        if logging.getLogger().handlers:
+            return
+        if len(self._shown) == _LINES and record.created - self._shown[0] < _LINES_PER:
+            self._left_out += 1
+            return
+        self._shown.append(record.created)
+        more = f" ({self._left_out} more were not shown)" if self._left_out else ""
+        self._left_out = 0
+        try:
+            sys.stderr.write(f"asena_tornado: {' '.join(record.getMessage().split())}{more}\n")
+        except Exception:  # as every handler does: logging must not break what it tells of
+            self.handleError(record)
+
+
+def show_in_cells(logger: logging.Logger) -> None:
+    """In a kernel, have warnings and errors shown in the notebook, unless somebody has seen to that already."""
+    if in_cell() and not any(isinstance(handler, CellHandler) for handler in logger.handlers):
+        logger.addHandler(CellHandler())
 
 
 def pass_interrupt_on() -> None:

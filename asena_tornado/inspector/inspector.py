@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import NamespaceNotFoundError, ServerStateError
-from ..events import Event, Tap
+from ..events import Event, HandlerError, Tap
 from ..messages import Message, encode
 from ..namespace import Addressed, Exclude, Namespace, normalize_path
 from ..rooms import check_room
@@ -85,6 +85,12 @@ class Inspector:
                     (namespace.path, room, [seen.get(s) or seen.setdefault(s, SocketSnapshot.of(s)) for s in members])
                 )
         return Rooms(found)
+
+    @property
+    def errors(self) -> list[HandlerError]:
+        """What hooks have raised, oldest first, the last 100 per namespace: ``print(inspector.errors[-1])`` shows the
+        traceback."""
+        return self._ask(lambda: sorted(each for n in self._scope() for each in n.events.failures))
 
     @property
     def cluster(self) -> ClusterInspector:
