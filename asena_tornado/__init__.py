@@ -6,6 +6,7 @@ from .container import Inject, Service
 from .controllers import Controller, Delete, Get, Patch, Post, Put
 from .errors import (
     AsenaError,
+    BackpressureError,
     CircularDependencyError,
     ConfigurationError,
     ConnectionClosed,
@@ -24,6 +25,7 @@ from .errors import (
     UlakError,
     UlakErrorCode,
 )
+from .events import HandlerError
 from .http import Context, Middleware, MiddlewareService, Next, Response
 from .middlewares import RateLimit, RequestLog, TokenAuth
 from .namespace import Addressed
@@ -38,6 +40,7 @@ __all__ = [
     "AsenaError",
     "AsenaServer",
     "AsenaWebSocketService",
+    "BackpressureError",
     "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
@@ -51,6 +54,7 @@ __all__ = [
     "EncodeError",
     "Gap",
     "Get",
+    "HandlerError",
     "HandshakeRefused",
     "Inject",
     "InjectionError",

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "AsenaError",
+    "BackpressureError",
     "CircularDependencyError",
     "ConfigurationError",
     "ConnectionClosed",
@@ -32,6 +33,10 @@ __all__ = [
 
 class AsenaError(Exception):
     """The root of everything this package raises on purpose."""
+
+
+class BackpressureError(AsenaError):
+    """Another thread hands the server more to send than its loop gets done; what raises this was not sent."""
 
 
 class ConfigurationError(AsenaError, ValueError):

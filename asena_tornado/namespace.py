@@ -35,7 +35,7 @@ class Door(Protocol):
         """Whether the caller is on the loop's thread."""
         ...
 
-    def run(self, function: Callable[..., object], *args: Any) -> None:
+    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
         """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
         ...
 
@@ -203,7 +203,7 @@ class Namespace:
         excluded = self._excluded(exclude, origin)
         if self.door.inside():
             return self._deliver(names, message, excluded)
-        self.door.run(self._deliver, names, message, excluded)
+        self.door.run(self._deliver, names, message, excluded, size=len(message.frame))
         members = self._members(names)
         return len(members) - sum(1 for socket in excluded or () if socket in members)
 
@@ -225,7 +225,7 @@ class Namespace:
             count = self._deliver(names, message, excluded)
             carried = link.publish(self.path, names, message, elsewhere)
             return Addressed(count) if carried else AddressedHere(count)
-        self.door.run(self._deliver, names, message, excluded)
+        self.door.run(self._deliver, names, message, excluded, size=len(message.frame))
         self.door.run(link.publish, self.path, names, message, elsewhere)
         members = self._members(names)
         return Addressed(len(members) - sum(1 for socket in excluded or () if socket in members))
@@ -238,7 +238,7 @@ class Namespace:
         """Send to one socket; False if it was not taken."""
         if self.door.inside():
             return socket._connection.send(message)
-        self.door.run(socket._connection.send, message)
+        self.door.run(socket._connection.send, message, size=len(message.frame))
         return socket.ready_state is ReadyState.OPEN
 
     def _deliver(self, names: tuple[str, ...] | None, message: Message, excluded: frozenset[Socket] | None) -> int:
@@ -437,7 +437,7 @@ class _ClosedDoor:
     def inside(self) -> bool:
         raise ServerStateError("the server is not running: call server.start() first")
 
-    def run(self, function: Callable[..., object], *args: Any) -> None:
+    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
         self.inside()
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:

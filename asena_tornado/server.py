@@ -28,7 +28,7 @@ from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Front, websocket_routes
+from .connection import Endpoint, Front, quarter_of_memory, websocket_routes
 from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
@@ -75,7 +75,9 @@ class AsenaServer:
     free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
     that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
     such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
-    to a controller may have; a larger one is answered with 413. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+    to a controller may have; a larger one is answered with 413. ``max_buffered_bytes``: what may wait in all, for
+    clients to take it and for handlers, bytes that many wait for counted once; past it the slowest clients are cut off
+    (1013). By default a quarter of the memory there is. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
     ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
     ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
@@ -97,6 +99,7 @@ class AsenaServer:
         options: WebSocketOptions | None = None,
         allowed_origins: Sequence[str] = (),
         max_body_size: int = 1024 * 1024,  # bytes
+        max_buffered_bytes: int | None = None,
         ssl_options: ssl.SSLContext | None = None,
         public_url: str | None = None,
         transport: Transport | None = None,
@@ -115,6 +118,8 @@ class AsenaServer:
             raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port!r}")
         if max_body_size < 0:
             raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
+        if max_buffered_bytes is not None and max_buffered_bytes < 1:
+            raise ConfigurationError(f"max_buffered_bytes is a number of bytes, or None, not {max_buffered_bytes}")
         if loop not in get_args(LoopKind):
             raise ConfigurationError(f'loop is "auto", "asyncio" or "uvloop", not {loop!r}')
         if switch_interval is not None and not 0 < switch_interval < math.inf:
@@ -131,6 +136,7 @@ class AsenaServer:
             options=self._options,
             origins=self._origins,
             max_body_size=max_body_size,
+            max_buffered_bytes=max_buffered_bytes or quarter_of_memory(),
             transport=transport,
             on_gap=on_gap,
             until_running=self._until_running,
@@ -901,7 +907,7 @@ def _close_in_child() -> None:
             namespace.forget_everybody()
         # Nor may it try to stop what only the parent has.
         if server._door is not None:
-            server._door.shut()
+            server._door.shut_in_child()
         server._listeners, server._http, server._thread, server._state = [], None, None, "stopped"
         _running.discard(server)
 

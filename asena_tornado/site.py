@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .broker import Ulak
-from .connection import Endpoint, Outbox
+from .connection import Endpoint, Ledger, Outbox
 from .container import Container, component_of
 from .controllers import Controllers
 from .errors import ConfigurationError
@@ -51,6 +51,7 @@ class Site:
         options: WebSocketOptions,
         origins: Origins,
         max_body_size: int,
+        max_buffered_bytes: int,
         transport: Transport | None,
         on_gap: Callable[[Gap], object] | None,
         until_running: Callable[[], Awaitable[object]],
@@ -68,6 +69,7 @@ class Site:
         self._options = options
         self._origins = origins
         self._max_body_size = max_body_size
+        self._max_buffered_bytes = max_buffered_bytes
         self._until_running = until_running
         self._transport: Transport = transport or LocalTransport()
         self._on_gap = on_gap
@@ -127,7 +129,7 @@ class Site:
                     "server makes an instance of its own, or another instance"
                 )
             bind(service, namespace)
-        self._outbox = Outbox(door.loop)
+        self._outbox = Outbox(door.loop, Ledger(door.loop, self._max_buffered_bytes))
         self._open_namespaces(door)
 
     def _open_namespaces(self, door: LoopDoor) -> None:
@@ -226,7 +228,9 @@ class Site:
                 await cluster.stop()
             raise
         # The switch itself waits for nothing: it falls between two messages.
+        assert old._outbox is not None
         self._outbox = old._outbox
+        self._outbox.ledger.limit = self._max_buffered_bytes
         gone = []
         for path, kept in old.namespaces.items():
             if path in self.namespaces:

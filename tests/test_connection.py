@@ -17,6 +17,7 @@ import websockets
 from pydantic import ValidationError
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
+from asena_tornado.connection import Ledger
 from asena_tornado.connection.keepalive import Keepalive
 from asena_tornado.sockets import ReadyState
 
@@ -429,10 +430,15 @@ class FakeConnection:
         self.loop = loop
         self.state = ReadyState.OPEN
         self.paused = False
+        self.unhandled_bytes = 0
+        self.channel = self  # without a descriptor, so nobody looks whether it has ended
         self.ping_sent_at: float | None = None
         self.pinged_at = self.heard_at = self.message_at = loop.now
         self.pings: list[float] = []
         self.closed: Any = None  # when, and with which code
+
+    def fileno(self) -> int:
+        return -1
 
     def ping(self) -> None:
         self.pings.append(self.loop.now)
@@ -454,7 +460,8 @@ class FakeConnection:
 def watched() -> Any:
     def watch(**options: Any) -> tuple[FakeLoop, FakeConnection]:
         loop = FakeLoop()
-        keepalive = Keepalive(loop, WebSocketOptions(**options))  # type: ignore[arg-type]  # as much loop as it needs
+        any_loop: Any = loop  # as much of one as is needed
+        keepalive = Keepalive(any_loop, WebSocketOptions(**options), Ledger(any_loop, 1 << 30))
         connection = FakeConnection(loop)
         keepalive.add(connection)  # type: ignore[arg-type]
         return loop, connection

@@ -7,6 +7,7 @@ import gc
 import queue
 import random
 import signal
+import ssl
 import sys
 import textwrap
 import threading
@@ -18,10 +19,12 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+import trustme
 
 from asena_tornado import (
     AsenaServer,
     AsenaWebSocketService,
+    BackpressureError,
     ConfigurationError,
     Context,
     Controller,
@@ -34,6 +37,7 @@ from asena_tornado import (
     WebSocketOptions,
     connect,
 )
+from asena_tornado.messages import encode
 
 
 class PanicException(BaseException):
@@ -560,6 +564,158 @@ def test_replies_on_their_way_are_sent_before_the_end(wires: Any, how: str) -> N
             client.close(1001)
         script.communicate(timeout=30)
         assert script.returncode == 0
+
+
+# -- who has gone, who is slow, who is too fast
+
+
+@pytest.fixture
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's, and that of a client which trusts it."""
+    authority = trustme.CA()
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
+
+
+@pytest.mark.parametrize("how", ["close", "end", "reset"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_client_that_has_gone_is_noticed_whatever_is_queued(
+    wires: Any, tls_contexts: tuple[Any, Any], how: str, tls: bool
+) -> None:
+    """Its inbox is full and its handler hangs: nothing is read any more, and still its end is heard."""
+
+    async def on_message(self: Any, ws: Socket, message: str) -> None:
+        await asyncio.Event().wait()
+
+    options = WebSocketOptions(max_queued_messages=2, handler_grace=0.05, ping_interval=None)
+    service = echo_of(on_message=on_message, on_open=lambda self, ws: ws.subscribe("room"))
+    contexts = tls_contexts if tls else (None, None)
+    with running(service, options=options, ssl_options=contexts[0]) as server:
+        client = wires.connect(server, "/echo", tls=contexts[1])
+        for _ in range(600):
+            client.send("hello")
+        namespace = server.namespaces["/echo"]
+        while not server.call(lambda: any(s._connection.paused for s in namespace.sockets.values())):
+            pass
+        if how == "close":
+            client.close(4321)
+        if how == "reset":
+            client.reset()
+        elif not tls:
+            client.sock.shutdown(2 if how == "end" else 1)
+        else:
+            client.sock.close()
+        assert service.left.get(timeout=10) == (4321 if how == "close" else 1006)  # type: ignore[attr-defined]
+        assert server.call(lambda: not namespace.sockets and not namespace.rooms)
+
+
+def test_what_waits_for_many_slow_clients_is_kept_once(wires: Any) -> None:
+    """Also when two rooms are published to in turn."""
+    service = echo_of(on_open=lambda self, ws: [ws.subscribe(room) for room in "ab"] and None)
+    with running(service, options=WebSocketOptions(max_buffered_bytes=100_000_000, ping_interval=None)) as server:
+        clients = [wires.connect(server, "/echo", receive_buffer=4096) for _ in range(20)]
+        namespace = server.namespaces["/echo"]
+        ledger = namespace.outbox.ledger  # type: ignore[union-attr]
+        for i in range(400):
+            namespace.to("ab"[i % 2], bytes([i % 250]) * 20_000)
+        waiting = server.call(lambda: [s._connection.channel.waiting for s in namespace.sockets.values()])
+        assert min(waiting) > 3_000_000
+        assert server.call(lambda: ledger.outbound) < 9_000_000
+        for client in clients:
+            assert [client.read() for _ in range(400)] == [bytes([i % 250]) * 20_000 for i in range(400)]
+        assert server.call(lambda: ledger.outbound) == 0
+
+
+def test_past_the_servers_limit_the_slowest_go_first(wires: Any, caplog: pytest.LogCaptureFixture) -> None:
+    options = WebSocketOptions(max_buffered_bytes=100_000_000, ping_interval=0.05)
+    with running(echo_of(), options=options, max_buffered_bytes=31_000_000) as server:
+        slow, slower, reads = (wires.connect(server, "/echo", receive_buffer=4096) for _ in range(3))
+        namespace = server.namespaces["/echo"]
+        ids = list(namespace.sockets)
+        for id, size in zip(ids, (12_000_000, 18_000_000, 1_000), strict=True):
+            namespace.send_to(namespace.sockets[id], encode(bytes(size)))
+        server.call(lambda: None)
+        assert len(namespace.sockets) == 3
+        namespace.send_to(namespace.sockets[ids[0]], encode(bytes(4_000_000)))
+        assert namespace.hooks.service.left.get(timeout=10) == 1013  # type: ignore[attr-defined]
+        assert list(namespace.sockets) == [ids[0], ids[2]], "the one for which most waited"
+        assert slower.rest() is not None
+        assert "more than AsenaServer(max_buffered_bytes=31000000) allows" in caplog.text
+        assert reads.read() == bytes(1_000)
+        assert [slow.read(), slow.read()] == [bytes(12_000_000), bytes(4_000_000)]
+
+
+def test_what_waits_for_handlers_counts_as_well(wires: Any) -> None:
+    """Messages that are only half there, too."""
+    options = WebSocketOptions(max_message_size=20_000_000, ping_interval=0.05, ping_timeout=None)
+    with running(echo_of(), options=options, max_buffered_bytes=5_000_000) as server:
+        greedy, other = wires.connect(server, "/echo"), wires.connect(server, "/echo")
+        head = greedy.frame(2, bytes(10_000_000))
+        with contextlib.suppress(ConnectionError):
+            greedy.write(head[:8_000_000])
+        namespace = server.namespaces["/echo"]
+        assert namespace.hooks.service.left.get(timeout=10) == 1013  # type: ignore[attr-defined]
+        other.echo()
+
+
+def test_who_sends_from_another_thread_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
+    go_on, begun = threading.Event(), threading.Event()
+
+    def blocks() -> None:
+        begun.set()
+        go_on.wait(20)
+
+    with running(echo_of()) as server:
+        namespace, door = server.namespaces["/echo"], server._open_door()
+        calling = threading.Thread(target=server.call, args=(blocks,))
+        calling.start()
+        begun.wait(10)
+        sent = 0
+
+        def flood() -> None:
+            nonlocal sent
+            while sent < 100:
+                sent += 1
+                namespace.in_(bytes(50_000))
+
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        while door._weight <= 1_000_000:
+            time.sleep(0.001)
+        assert sent <= 21, "it waits, instead of piling up"
+        go_on.set()
+        flooding.join()
+        calling.join()
+        assert sent == 100
+        assert server.call(lambda: door._weight) == 0
+
+
+async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
+    monkeypatch.setattr("asena_tornado.hosting.loops.PATIENCE", 0.05)
+    go_on, begun = threading.Event(), threading.Event()
+
+    def blocks() -> None:
+        begun.set()
+        go_on.wait(20)
+
+    with running(echo_of()) as server:
+        namespace = server.namespaces["/echo"]
+        calling = asyncio.ensure_future(asyncio.to_thread(server.call, blocks))
+        await asyncio.to_thread(begun.wait, 10)
+        while server._open_door()._weight <= 1_000_000:
+            namespace.in_(bytes(50_000))
+        with pytest.raises(BackpressureError, match="hold up this thread's own loop"):
+            namespace.in_(bytes(50_000))
+        with pytest.raises(BackpressureError, match=r"has not caught up within 0.05 s"):
+            await asyncio.to_thread(namespace.in_, bytes(50_000))
+        go_on.set()
+        await calling
+        namespace.in_("now it can be sent")
 
 
 # -- a re-run that fails

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
 
+from .ledger import Ledger
+
 # One read takes what gathered meanwhile, up to here: thousands of tiny frames in one chunk would hold up the others.
 _READ_SIZE = 64 * 1024
 _JOIN_BELOW = 64 * 1024
@@ -34,6 +36,7 @@ class ChannelOwner(Protocol):
     """Who is told what happens on the channel. All calls come on the loop."""
 
     def data_received(self, data: bytes) -> None: ...
+    def peer_gone(self) -> None: ...
     def channel_lost(self, error: Exception | None) -> None: ...
     def channel_progressed(self) -> None: ...
     def channel_drained(self) -> None: ...
@@ -54,6 +57,7 @@ class Channel(Protocol):
     def sent(self, data: bytes, size: int, error: OSError | None = None) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
+    def fileno(self) -> int: ...
     def finish(self) -> None: ...
     def shut(self) -> None: ...
     def abort(self) -> None: ...
@@ -63,10 +67,23 @@ class Channel(Protocol):
 class SocketChannel:
     """A plain TCP connection, read with ``recv_into`` and written with ``send``: no future, task or copy between."""
 
-    __slots__ = ("_backlog", "_ending", "_fd", "_loop", "_owner", "_reading", "_sock", "_told_once", "send", "waiting")
+    __slots__ = (
+        "_backlog",
+        "_ending",
+        "_fd",
+        "_ledger",
+        "_loop",
+        "_owner",
+        "_reading",
+        "_sock",
+        "_told_once",
+        "send",
+        "waiting",
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, ledger: Ledger) -> None:
         self._loop = loop
+        self._ledger = ledger
         self._sock = sock
         self._fd = sock.fileno()
         self.send: Callable[[bytes], int] | None = sock.send
@@ -108,6 +125,7 @@ class SocketChannel:
         if self.send is None:
             if self._backlog is not None:
                 self._backlog.append(data)
+                self._ledger.owe(data)
                 self.waiting += len(data)
             return
         try:
@@ -127,6 +145,7 @@ class SocketChannel:
             return
         # A view, not a copy: thousands of slow members may wait for the same bytes.
         self._backlog = deque((memoryview(data)[size:],))
+        self._ledger.owe(data)
         self.waiting = len(data) - size
         self.send = None
         self._loop.add_writer(self._fd, self._writable)
@@ -157,6 +176,7 @@ class SocketChannel:
                 break
             sent -= len(first)
             backlog.popleft()
+            self._ledger.settle(_whole(first))
         if not backlog:
             self._backlog = None
             self.send = self._sock.send
@@ -206,6 +226,10 @@ class SocketChannel:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self._lost(None)
 
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._fd
+
     def close_in_child(self) -> None:
         """In a forked child: give the descriptor up without touching the parent's connection."""
         os.close(self._sock.detach())
@@ -216,6 +240,8 @@ class SocketChannel:
         self.pause()
         if self._backlog is not None:
             self._loop.remove_writer(self._fd)
+            for data in self._backlog:
+                self._ledger.settle(_whole(data))
             self._backlog = None
         self.waiting = 0
         self.send = None
@@ -224,6 +250,11 @@ class SocketChannel:
         owner, self._owner = self._owner, None
         if owner is not None:
             owner.channel_lost(error)
+
+
+def _whole(data: memoryview | bytes) -> bytes:
+    """What a view shows a part of."""
+    return data.obj if isinstance(data, memoryview) else data  # type: ignore[return-value]  # views of bytes
 
 
 class StreamChannel:
@@ -244,10 +275,17 @@ class StreamChannel:
     def start(self, owner: ChannelOwner, received: bytes) -> None:
         """Begin to read; ``received`` is what had already arrived."""
         self._owner = owner
-        self._stream.set_close_callback(self._closed)
+        self._stream.set_close_callback(self._ended)
         if received:
             owner.data_received(received)
         self._task = asyncio.get_running_loop().create_task(self._read())
+
+    def _ended(self) -> None:
+        """The client has closed; what it had sent before may still be in the stream's buffer."""
+        if self._owner is not None and self._task is not None and not self._task.done():
+            self._owner.peer_gone()
+        else:
+            self._closed()
 
     async def _read(self) -> None:
         try:
@@ -311,6 +349,10 @@ class StreamChannel:
         """Close now, whatever is unsent."""
         self._stream.close()
         self._closed()
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return -1 if self._gone or self._stream.closed() else self._stream.socket.fileno()
 
     def close_in_child(self) -> None:
         """In a forked child: give the descriptor up without touching the parent's connection."""

@@ -47,6 +47,7 @@ class Connection:
         "_close_timer",
         "_code",
         "_events",
+        "_gone",
         "_grace_timer",
         "_inbox",
         "_inbox_size",
@@ -115,6 +116,7 @@ class Connection:
         self._code: int | None = None
         self._reason = ""
         self._lost = False
+        self._gone = False
         self._overflowing = False
         self._stalled = False
         self._stopping = False
@@ -171,7 +173,11 @@ class Connection:
         self._inbox_size += len(data)
         options = self._options
         if len(self._inbox) >= options.max_queued_messages or self._inbox_size >= options.max_queued_bytes:
-            self._parser.held = True
+            if self._gone:
+                # The last bytes of who has gone; there will be no time to handle them all.
+                self._inbox_size -= len(self._inbox.pop())
+            else:
+                self._parser.held = True
         wake = self._wake
         if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
             self._wake = None
@@ -184,6 +190,11 @@ class Connection:
         if self.channel.waiting <= self._limit:
             self._outbox.send(self, frame(PONG, payload), 0)
         self._notify(self._namespace.hooks.ping, payload)
+
+    def peer_gone(self) -> None:
+        """The client has sent its last byte, behind those that we do not read yet: read up to it, whatever waits."""
+        self._gone = True
+        self._release()
 
     def pong_received(self, payload: bytes) -> None:
         """Measure the round trip if the pong answers our own ping."""
@@ -280,7 +291,8 @@ class Connection:
             return
         if len(owed) == 1:
             self.write(owed[0], counts[0])
-        elif size <= _JOIN_BELOW:
+        elif size <= _JOIN_BELOW and not self.channel.waiting:
+            # Whoever is behind gets the pieces: others wait for the same ones, and a copy would be this one's alone.
             self.write(b"".join(owed), sum(counts))
         else:
             for at, data in enumerate(owed):
@@ -295,6 +307,24 @@ class Connection:
     def paused(self) -> bool:
         """Whether it is we who do not read, because the handler is behind."""
         return self._parser.waiting
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait because of this client, both ways."""
+        return self.channel.waiting + self.unhandled_bytes
+
+    @property
+    def unhandled_bytes(self) -> int:
+        """Bytes received, and not handed to a handler yet."""
+        return self._inbox_size + self._parser.pending
+
+    def shed(self) -> None:
+        """The whole server has too much that waits: give up what waits because of this client."""
+        if self.state is ReadyState.OPEN:
+            self._code, self._reason = 1013, "too slow: the server's limit of waiting bytes is reached"
+            self._inbox.clear()
+            self._inbox_size = 0
+        self.channel.abort()
 
     @property
     def buffered_amount(self) -> int:

@@ -103,6 +103,11 @@ class FrameParser:
         """Whether a data frame is held back."""
         return self.held and bool(self._rest)
 
+    @property
+    def pending(self) -> int:
+        """Bytes that are kept here: of an unfinished message, and of what is not parsed yet."""
+        return self._size + len(self._rest)
+
     def release(self) -> None:
         """Stop holding, and parse what was held back."""
         self.held = False

@@ -35,6 +35,7 @@ from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, negotiate
 from .keepalive import Keepalive
+from .ledger import Ledger
 from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
@@ -58,7 +59,7 @@ class Endpoint:
         self.outbox = outbox
         self.origins = origins
         self.middleware = middleware
-        self.keepalive = Keepalive(loop, namespace.options)
+        self.keepalive = Keepalive(loop, namespace.options, outbox.ledger)
         self.closing = False  # no more handshakes are taken
 
 
@@ -118,7 +119,7 @@ class Handshake:
         assert client is not None
         agreed = self._negotiate()
         try:
-            channel, received = _take_over(stream, endpoint.loop, self._answer(agreed))
+            channel, received = _take_over(stream, endpoint.loop, self._answer(agreed), endpoint.outbox.ledger)
         except (StreamClosedError, OSError):
             stream.close()
             return None
@@ -370,7 +371,9 @@ class Upgrade(WebSocketProtocol):
         """Done by the channel."""
 
 
-def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes) -> tuple[Channel, bytes]:
+def _take_over(
+    stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes, ledger: Ledger
+) -> tuple[Channel, bytes]:
     """Answer, and make the connection ours; returns what the client sent early along with it."""
     if stream.closed():
         raise StreamClosedError
@@ -390,7 +393,7 @@ def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes)
             early.add_done_callback(lambda read: read.cancelled() or read.exception())
     # The stream is forgotten, not closed: a closed one would take the socket along.
     stream.io_loop.remove_handler(stream.fileno())
-    plain = SocketChannel(loop, hold(stream.socket) if beside() else stream.socket)
+    plain = SocketChannel(loop, hold(stream.socket) if beside() else stream.socket, ledger)
     plain.write(answer)
     return plain, received
 

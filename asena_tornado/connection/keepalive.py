@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import select
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..sockets import ReadyState
@@ -10,13 +12,15 @@ from ..sockets import ReadyState
 if TYPE_CHECKING:
     from ..options import WebSocketOptions
     from .connection import Connection
+    from .ledger import Ledger
 
 
 class Keepalive:
     """Looks at every connection a few times per interval: no timer per connection, nothing per message."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, options: WebSocketOptions) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, options: WebSocketOptions, ledger: Ledger) -> None:
         self._loop = loop
+        self._ledger = ledger
         self._options = options
         self._connections: dict[Connection, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -30,6 +34,10 @@ class Keepalive:
         if self._timer is None:
             self.now = self._loop.time()
             self._timer = self._loop.call_later(self._period, self._sweep)
+            self._ledger.watch(self, self._holders, 0)
+
+    def _holders(self) -> tuple[Connection, ...]:
+        return tuple(self._connections)
 
     def discard(self, connection: Connection) -> None:
         """Watch it no longer; the timer ends with the last one."""
@@ -37,12 +45,18 @@ class Keepalive:
         if not self._connections and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self._ledger.forget(self)
 
     def _sweep(self) -> None:
         options = self._options
         # Silence is counted up to the previous sweep: input that lies unread behind a busy loop is no silence.
         seen, self.now = self.now, self._loop.time()
+        inbound = 0
+        unread: list[Connection] = []
         for connection in tuple(self._connections):
+            inbound += connection.unhandled_bytes
+            if connection.paused:
+                unread.append(connection)
             if connection.state is not ReadyState.OPEN:
                 continue
             sent = connection.ping_sent_at
@@ -56,4 +70,22 @@ class Keepalive:
                     continue
             if options.idle_timeout and not connection.paused and seen - connection.message_at >= options.idle_timeout:
                 connection.close(1001, "idle timeout")
+        for connection in _ended(unread):
+            connection.peer_gone()
+        self._ledger.watch(self, self._holders, inbound)
         self._timer = self._loop.call_later(self._period, self._sweep) if self._connections else None
+
+
+# What tells that the peer has sent its last byte; macOS has only one of these, Windows cannot tell.
+_END = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0)
+
+
+def _ended(connections: Sequence[Connection]) -> list[Connection]:
+    """Those whose clients are gone, although we do not read."""
+    if not connections or not _END:
+        return []
+    by_descriptor = {fd: each for each in connections if (fd := each.channel.fileno()) >= 0}
+    poll = select.poll()
+    for fd in by_descriptor:
+        poll.register(fd, _END)
+    return [by_descriptor[fd] for fd, _ in poll.poll(0)]

@@ -18,6 +18,7 @@ from ..messages import Message
 if TYPE_CHECKING:
     from ..sockets import Socket
     from .connection import Connection
+    from .ledger import Ledger
 
 # Past this many gathered bytes waiting for the next turn only costs memory.
 _FLUSH_AT = 256 * 1024
@@ -69,10 +70,11 @@ class Batch:
 class Outbox:
     """All that one loop's connections owe. Used on that loop only."""
 
-    __slots__ = ("_dirty", "_loop", "_open", "_scheduled")
+    __slots__ = ("_dirty", "_loop", "_open", "_scheduled", "ledger")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, ledger: Ledger) -> None:
         self._loop = loop
+        self.ledger = ledger
         self._open: Batch | None = None
         self._dirty: list[Connection] = []
         self._scheduled = False

@@ -14,12 +14,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
-from ..errors import ConfigurationError, ServerStateError, must_propagate
+from ..errors import BackpressureError, ConfigurationError, ServerStateError, must_propagate
 from .held import HeldLoop
-from .kernel import waking, why_not_nested
+from .kernel import in_cell, waking, why_not_nested
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
+
+# Bytes of messages that other threads have handed over and the loop has not got to yet, and what each call counts for.
+MAX_POSTED = 64 * 1024 * 1024
+_CALL_SIZE = 500
+PATIENCE = 30.0  # seconds that a thread waits for room
 
 LoopKind = Literal["auto", "asyncio", "uvloop"]
 
@@ -31,7 +36,9 @@ class LoopDoor:
         """Called on the loop's own thread."""
         self.loop = loop
         self.thread = threading.get_ident()
-        self._posted: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._posted: deque[tuple[Callable[..., object], tuple[Any, ...], int]] = deque()
+        self._weight = 0  # bytes that are posted
+        self._room = threading.Condition()  # for `_weight`; notified when there is room again
         self._woken = False
         self._shut = False
 
@@ -41,12 +48,21 @@ class LoopDoor:
             raise ServerStateError("the server has stopped: call server.start() again")
         return threading.get_ident() == self.thread
 
-    def run(self, function: Callable[..., object], *args: Any) -> None:
-        """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
+    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
+        """Call on the loop: now if inside, else soon, in the order of this thread's calls.
+
+        ``size``: bytes that are kept for it. While `MAX_POSTED` wait, the call waits, too, and raises
+        `BackpressureError` where waiting would hold up another loop, or when it takes longer than `PATIENCE`.
+        """
         if self.inside():
             function(*args)
             return
-        self._posted.append((function, args))
+        size += _CALL_SIZE
+        with self._room:
+            if self._weight > MAX_POSTED:
+                self._wait_for_room()
+            self._weight += size
+        self._posted.append((function, args, size))
         # One wake-up serves all that is posted before it is heard: waking costs a system call.
         if not self._woken:
             self._woken = True
@@ -55,17 +71,45 @@ class LoopDoor:
             except RuntimeError as error:
                 raise ServerStateError("the server's event loop is closed") from error
 
+    def _wait_for_room(self) -> None:
+        if running_loop() is not None and not in_cell():
+            raise BackpressureError(
+                "the server's loop is behind with what other threads have it send, and waiting would hold up this "
+                "thread's own loop: await something that shows how far it is, such as server.ulak, now and then"
+            )
+        if not self._room.wait_for(lambda: self._shut or self._weight <= MAX_POSTED // 2, PATIENCE):
+            raise BackpressureError(
+                f"the server's loop has not caught up within {PATIENCE:g} s with what other threads have it send: "
+                "is a handler blocking it?"
+            )
+        self.inside()  # raises, if it is the stop that ended the wait
+
     def _run_posted(self) -> None:
         # Before emptying: what is posted from here on wakes again, at worst for nothing.
         self._woken = False
-        for _ in range(len(self._posted)):
-            function, args = self._posted.popleft()
-            try:
-                function(*args)
-            except BaseException as error:
-                if must_propagate(error):
-                    raise
-                log.exception("a call from another thread failed")
+        done = 0
+        try:
+            for _ in range(len(self._posted)):
+                function, args, size = self._posted.popleft()
+                done += size
+                try:
+                    function(*args)
+                except BaseException as error:
+                    if must_propagate(error):
+                        raise
+                    log.exception("a call from another thread failed")
+                if done > MAX_POSTED // 8:
+                    # Who waits need not wait for all of it.
+                    self._make_room(done)
+                    done = 0
+        finally:
+            self._make_room(done)
+
+    def _make_room(self, size: int) -> None:
+        with self._room:
+            self._weight -= size
+            if self._weight <= MAX_POSTED // 2:
+                self._room.notify_all()
 
     def call(self, work: Callable[[], R | Awaitable[R]], *, timeout: float | None) -> R:
         """Run on the loop and wait for the result, from another thread.
@@ -77,7 +121,7 @@ class LoopDoor:
             raise ServerStateError(
                 "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
             )
-        return _wait(lambda: _complete(work), self.loop, timeout)
+        return _wait(lambda: self._complete_in_turn(work), self.loop, timeout)
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
         """Run on the loop and await the result, from any loop.
@@ -86,7 +130,7 @@ class LoopDoor:
         """
         if self.inside():
             return await _complete(work)
-        completion = _boxed(lambda: _complete(work))
+        completion = _boxed(lambda: self._complete_in_turn(work))
         try:
             future = asyncio.run_coroutine_threadsafe(completion, self.loop)
         except RuntimeError as error:
@@ -101,6 +145,11 @@ class LoopDoor:
                 raise
             raise ServerStateError("the server stopped before this was done") from None
 
+    async def _complete_in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        # Behind all that was posted before: who posts first may not have come to wake the loop yet.
+        self._run_posted()
+        return await _complete(work)
+
     @property
     def kind(self) -> LoopKind:
         """Whose loop it is."""
@@ -109,6 +158,13 @@ class LoopDoor:
     def shut(self) -> None:
         """Nothing passes any more."""
         self._shut = True
+        with self._room:
+            self._room.notify_all()
+
+    def shut_in_child(self) -> None:
+        """The same in a forked child, where a thread that is not there may have held the lock."""
+        self._room = threading.Condition()
+        self.shut()
 
     @property
     def is_shut(self) -> bool:
