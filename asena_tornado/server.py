@@ -83,9 +83,9 @@ class AsenaServer:
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
     ``inspector_path``: where to serve the live inspector as a page, such as ``"/inspector"``; it asks for a token,
     see `inspector_url`. ``inspector_read_only``: that page can look but not act.
-    ``loop``: of `start` and `run`, which bring one of their own. ``"auto"`` is asyncio's for `start`, as that stays
-    live beside a cell that computes, and for `run` uvloop where it is installed; ``"asyncio"`` and ``"uvloop"`` are
-    these. ``switch_interval``: seconds, see `start`; None leaves the interpreter's.
+    ``loop``: whose event loop `start` and `run` make, ``"asyncio"`` or ``"uvloop"``. ``"auto"`` is asyncio's for
+    `start`, as that stays live beside a cell that computes, and for `run` uvloop's where it is installed.
+    ``switch_interval``: seconds, see `start`; None leaves the interpreter's.
 
     Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
     program) or `mount` (an existing Tornado application).
@@ -122,7 +122,8 @@ class AsenaServer:
             raise ConfigurationError(f"max_buffered_bytes is a number of bytes, or None, not {max_buffered_bytes}")
         if loop not in get_args(LoopKind):
             raise ConfigurationError(f'loop is "auto", "asyncio" or "uvloop", not {loop!r}')
-        if switch_interval is not None and not 0 < switch_interval < math.inf:
+        given = switch_interval
+        if given is not None and not (type(given) in (int, float) and 1e-6 <= given < math.inf):
             raise ConfigurationError(f"switch_interval is a number of seconds, or None, not {switch_interval!r}")
         self._wanted_port = port
         self._port: int | None = None
@@ -265,7 +266,8 @@ class AsenaServer:
 
         ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes. For that
         the interpreter's switch interval (``sys.setswitchinterval``) is at most the server's ``switch_interval`` until
-        the last such server has stopped, then what it was before. One that you set to less, or meanwhile, stays.
+        the last such server has stopped, and then what it was before. A shorter interval of yours is kept, and so is
+        one that you set while servers run.
         ``hosting="kernel"``: on the loop that is already running in this thread; handlers share it with the cells.
         Raises `PortInUseError`, what a component's ``on_start`` raises, and `ServerStateError`.
         """
@@ -299,7 +301,11 @@ class AsenaServer:
                 self._give_up()
                 raise ServerStateError("the server was stopped while it was starting") from None
             except BaseException:
-                self._give_up()
+                if self._state == "running" and hosting == "thread":
+                    # Interrupted when it had just started: what was started is stopped.
+                    self._stop_and_wait(STOP_TIMEOUT, time.monotonic() + STOP_TIMEOUT)
+                else:
+                    self._give_up()
                 raise
         return self
 
@@ -450,6 +456,10 @@ class AsenaServer:
         try:
             http = self._make_http() if self._listeners else None
             await self._site.start()
+            if self._state != "starting":
+                # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+                await self._site.stop()
+                raise asyncio.CancelledError
         except BaseException:
             assert self._door is not None
             self._door.shut()
@@ -490,13 +500,16 @@ class AsenaServer:
                 and old._address == self._address
                 and old._hosting in ("thread", "kernel")
             ):
-                other_loop = self._hosting == "thread" and self._loop not in ("auto", old._door and old._door.kind)
+                wanted = "asyncio" if self._loop == "auto" else self._loop
+                other_loop = old._door is not None and self._hosting == "thread" and old._door.kind != wanted
                 if (
                     old._hosting != self._hosting
                     or (self._hosting == "kernel" and old._door_is_elsewhere())
                     or other_loop
                 ):
-                    how = f"loop={old._door.kind!r}" if other_loop and old._door else f"hosting={old._hosting!r}"
+                    how = f"hosting={old._hosting!r}"
+                    if old._hosting == self._hosting and old._door is not None and other_loop:
+                        how = f"loop={old._door.kind!r}"
                     raise PortInUseError(
                         f"port {old._port} is served by an earlier server of this process ({how}); "
                         "stop that one first, or start this one the same way to replace it",
@@ -580,7 +593,7 @@ class AsenaServer:
     def _listen(self, http: HTTPServer | None) -> None:
         """From here on clients are let in. Nothing of this fails."""
         if beside():
-            switching.hold(self, self._switch_interval)
+            switching.request(self, self._switch_interval)
             for listener in self._listeners:
                 hold(listener)  # and with it what it accepts
         if http is not None:

@@ -1,5 +1,7 @@
 """A server beside a thread that computes: the switch interval, the loop, and who lets go of the interpreter lock."""
 
+import asyncio
+import gc
 import os
 import random
 import signal
@@ -14,6 +16,7 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
+from tornado.ioloop import IOLoop
 from websockets.sync.client import connect
 
 from asena_tornado import (
@@ -25,6 +28,7 @@ from asena_tornado import (
     Get,
     LocalTransport,
     PortInUseError,
+    Service,
     WebSocket,
 )
 from asena_tornado.hosting import held
@@ -128,6 +132,54 @@ async def test_nothing_changes_where_the_loop_is_the_main_threads(interval: floa
         assert not any(isinstance(listener, held.HeldSocket) for listener in server._listeners)
 
 
+def test_a_start_that_is_interrupted_leaves_nothing_behind(interval: float) -> None:
+    """The interrupt strikes while on_start computes on the server's thread, which goes on from there."""
+    go_on, begun, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    @Service
+    class Slow:
+        def on_start(self) -> None:
+            begun.set()
+            go_on.wait(20)
+
+        def on_stop(self) -> None:
+            stopped.set()
+
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        begun.wait(20)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    server = AsenaServer(Echo, Slow, port=0)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    interrupting.join()
+    go_on.set()
+    assert stopped.wait(20)
+    assert (server.state, sys.getswitchinterval()) == ("stopped", interval)
+    with server.start():
+        assert says(server, "hello") == "hello"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_servers_that_nobody_has_any_more_count_no_more(interval: float) -> None:
+    def lose() -> None:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(AsenaServer(Echo, port=0).__aenter__())
+        assert short()
+        loop.close()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    thread.join()
+    IOLoop(make_current=False).close()  # Tornado keeps closed loops until it makes the next one
+    gc.collect()
+    assert sys.getswitchinterval() == interval
+
+
 def test_a_loop_of_ones_own_on_another_thread_counts_as_well(interval: float) -> None:
     server = AsenaServer(Echo, port=0)
     thread = threading.Thread(target=server.run)
@@ -169,18 +221,23 @@ def test_the_switch_interval_against_a_model(interval: float, seed: int) -> None
     rng = random.Random(seed)
     switching = SwitchInterval()
     wanted: dict[object, float] = {}
+    owners = [type("Owner", (), {})() for _ in range(3)]
     base, overruled = interval, False
     try:
         for _ in range(200):
-            owner = rng.choice("abc")
-            match rng.choice(["hold", "hold", "release", "set"]):
-                case "hold":
+            owner = rng.choice(owners)
+            match rng.choice(["request", "request", "release", "vanish", "set"]):
+                case "request":
                     seconds = rng.choice([0.0002, 0.001, 0.05])
-                    switching.hold(owner, seconds)
+                    switching.request(owner, seconds)
                     wanted[owner] = seconds
                 case "release":
                     switching.release(owner)
                     wanted.pop(owner, None)
+                case "vanish":
+                    wanted.pop(owner, None)
+                    owners[owners.index(owner)] = type("Owner", (), {})()
+                    del owner
                 case "set" if rng.random() < 0.2:
                     base = rng.randrange(100, 20_000) / 1e6  # hardly ever what it is already
                     overruled = bool(wanted)
@@ -190,13 +247,13 @@ def test_the_switch_interval_against_a_model(interval: float, seed: int) -> None
             expected = base if overruled else min([base, *wanted.values()])
             assert sys.getswitchinterval() == pytest.approx(expected, abs=2e-6), seed
     finally:
-        for owner in "abc":
+        for owner in owners:
             switching.release(owner)
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
-def test_nonsense_is_refused(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0, -1, 1e-9, float("inf"), float("nan"), True, "0.1"])
+def test_nonsense_is_refused(seconds: Any) -> None:
     with pytest.raises(ConfigurationError, match="switch_interval is a number of seconds, or None, not"):
         AsenaServer(Echo, switch_interval=seconds)
 
@@ -218,9 +275,8 @@ def test_the_loop_of_a_thread_can_be_chosen(kind: Any) -> None:
         assert says(server, "hello") == "hello"
         module = server.call(lambda: type(server._open_door().loop).__module__)
         assert module.startswith("uvloop") == (kind == "uvloop"), "auto is not uvloop beside a thread that computes"
-        assert says(AsenaServer(Echo, port=server.port).start(), "a re-run") == "a re-run"
-        server = AsenaServer(Echo, port=server.port).start()
-    server.stop()
+        with AsenaServer(Echo, port=server.port, loop=kind) as again:
+            assert says(again, "a re-run") == "a re-run"
 
 
 @pytest.mark.parametrize(("kind", "uvloops"), [("auto", True), ("asyncio", False), ("uvloop", True)])
@@ -259,6 +315,8 @@ def test_another_loop_cannot_take_over() -> None:
         with pytest.raises(PortInUseError, match="loop='asyncio'"):
             AsenaServer(Echo, port=server.port, loop="uvloop").start()
         assert says(server, "still here") == "still here"
+    with AsenaServer(Echo, port=0, loop="uvloop") as server, pytest.raises(PortInUseError, match="loop='uvloop'"):
+        AsenaServer(Echo, port=server.port).start()
 
 
 # -- who lets go of the lock
@@ -298,8 +356,16 @@ def test_only_the_wait_for_events_lets_go_of_the_lock() -> None:
     assert not {"posix.urandom", "posix.close", "posix.read", "posix.write"} & set(seen)
 
 
-def test_it_works_without_a_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_a_c_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    held._event_layout.cache_clear()
     monkeypatch.setattr(held, "libc", None)
+    yield
+    held._event_layout.cache_clear()
+
+
+@pytest.mark.usefixtures("without_a_c_library")
+def test_it_works_without_a_c_library() -> None:
     with AsenaServer(Echo, port=0) as server:
         assert says(server, "hello") == "hello"
         assert not any(isinstance(listener, held.HeldSocket) for listener in server._listeners)

@@ -634,6 +634,7 @@ def test_past_the_servers_limit_the_slowest_go_first(wires: Any, caplog: pytest.
     with running(echo_of(), options=options, max_buffered_bytes=31_000_000) as server:
         slow, slower, reads = (wires.connect(server, "/echo", receive_buffer=4096) for _ in range(3))
         namespace = server.namespaces["/echo"]
+        server.call(lambda: None)  # all three are in
         ids = list(namespace.sockets)
         for id, size in zip(ids, (12_000_000, 18_000_000, 1_000), strict=True):
             namespace.send_to(namespace.sockets[id], encode(bytes(size)))

@@ -6,8 +6,9 @@ import threading
 import time
 
 _WINDOW = 0.001  # seconds between two looks at who had how much
-_LONG_AGO = 0.02  # seconds after which the last look says nothing any more
+_SLICE = 0.0002  # seconds of a pause after which it is seen whether the pause is used
 _AT_MOST = 0.002  # seconds of one pause: what the clients wait for the cell
+_LET_BE = 0.1  # seconds, at most, until somebody who did not use a pause is offered another
 
 
 class FairShare:
@@ -15,18 +16,22 @@ class FairShare:
 
     The interpreter hands the lock over after a switch interval. That is fair between two threads that compute, and
     unfair to one that lets go of the lock every few microseconds, as for each ``write``: it gets these few for each
-    interval of the other. Who computes little by its own choice is not held up by anybody: it used no time at all
-    in most of the windows.
+    interval of the other. Whether the main thread is kept waiting or merely sleeps much cannot be seen from outside,
+    but it shows in whether it uses a pause. If it does not, the next one comes later, and later again.
     """
 
     def __init__(self) -> None:
+        self._clock: int | None = None
         main = threading.main_thread().ident
-        # Where the main thread's time cannot be told (macOS, Windows), nothing is done.
-        known = main is not None and hasattr(time, "pthread_getcpuclockid")
-        self._clock = time.pthread_getcpuclockid(main) if known else None  # type: ignore[arg-type]  # then main is known
-        self._at = 0.0
-        self._own = 0.0
-        self._main = 0.0
+        # Where the main thread's time cannot be told (macOS, Windows, a thread that has ended), nothing is done.
+        if main is not None and hasattr(time, "pthread_getcpuclockid"):
+            try:
+                self._clock = time.pthread_getcpuclockid(main)
+            except OSError:
+                self._clock = None
+        self._at = self._own = self._main = 0.0
+        self._not_before = 0.0
+        self._let_be = _WINDOW
 
     def pause(self) -> None:
         """Called once per turn of the loop."""
@@ -34,11 +39,27 @@ class FairShare:
         passed = now - self._at
         if passed < _WINDOW or self._clock is None:
             return
-        own, main = time.thread_time(), time.clock_gettime(self._clock)
-        if passed < _LONG_AGO:
-            ours = own - self._own
-            owed = min(2 * ours - passed, _AT_MOST)
-            if owed > 0 and 0 < main - self._main < passed / 2:
-                time.sleep(owed)
+        try:
+            own, main = time.thread_time(), time.clock_gettime(self._clock)
+            owed = min(2 * (own - self._own) - passed, _AT_MOST)
+            if owed > 0 and 0 < main - self._main < passed / 2 and now >= self._not_before:
+                if self._offer(owed, self._clock):
+                    self._let_be = _WINDOW
+                else:
+                    self._let_be = min(2 * self._let_be, _LET_BE)
                 now, main = time.perf_counter(), time.clock_gettime(self._clock)
-        self._at, self._own, self._main = now, own, main
+                self._not_before = now + self._let_be
+            self._at, self._own, self._main = now, own, main
+        except OSError:
+            self._clock = None  # in a forked child, whose main thread is another
+
+    @staticmethod
+    def _offer(owed: float, clock: int) -> bool:
+        """Pause for so many seconds, as long as that is used; whether it is."""
+        until = time.perf_counter() + owed
+        while (now := time.perf_counter()) < until:
+            before = time.clock_gettime(clock)
+            time.sleep(min(_SLICE, until - now))
+            if time.clock_gettime(clock) - before < (time.perf_counter() - now) / 2:
+                return False
+        return True

@@ -6,16 +6,17 @@ where the other makes short system calls too, for as long as it keeps losing the
 cannot block, and neither can a look for events with a time limit of 0. Those are made here through `ctypes.PyDLL`,
 which keeps the lock. Only the wait for events lets go of it.
 
-Everything behaves as Python's own calls do, errno for errno, and *is* Python's own where there is no C library to be
-called, on Windows, and for sockets that may block. TLS and compression let go of the lock in OpenSSL's and zlib's
-wrappers; there is no other way to them.
+Everything behaves as Python's own calls do, errno for errno, except that less may be sent or received at once. It *is*
+Python's own where there is no C library to be called, on Windows, and for sockets that may block. The calls into
+OpenSSL and zlib let go of the lock; Python has no others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import contextlib
 import errno
+import functools
 import os
 import select
 import selectors
@@ -27,15 +28,24 @@ from typing import Any
 
 from .fairness import FairShare
 
-_COPIED = 1 << 18  # bytes of a view that one send copies; bytes objects are sent as they are
-_MOST = 1 << 30  # bytes that one call is asked for, as a length is passed as a C int
-_RECEIVED = 1 << 16  # bytes that one `recv` returns at most
-_EVENTS = 256  # that one look finds; what else is ready is found by the next
+try:
+    import ctypes
+except ImportError:  # a Python that was built without libffi
+    ctypes = None  # type: ignore[assignment]
+
+_MAX_COPY = 1 << 16  # bytes of a view that one send copies; bytes objects are sent as they are
+_MAX_LENGTH = 1 << 30  # bytes that one call is asked for, as a length is passed as a C int
+_MAX_RECEIVE = 1 << 16  # bytes that one `recv` returns
+_MAX_EVENTS = 256  # that one look finds; what else is ready is found by the next
+
+# A descriptor may be shared with another process, which may have made it blocking: nothing must block here.
+_SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0) | getattr(socket, "MSG_DONTWAIT", 0)
+_RECV_FLAGS = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 def _load() -> Any:
     """The C library of this process; None where there is none that could be called."""
-    if os.name != "posix":
+    if os.name != "posix" or ctypes is None:
         return None
     try:
         library = ctypes.PyDLL(None, use_errno=True)
@@ -56,29 +66,33 @@ def _last_error() -> OSError:
 
 
 class _Buffer(threading.local):
-    """What `recv` receives into, for each thread: without the lock's protection the bytes would be mixed up."""
+    """What `recv` receives into, one for each thread: the lock may be handed over before it is read."""
 
     def __init__(self) -> None:
-        self.bytes = ctypes.create_string_buffer(_RECEIVED)
+        self.bytes = ctypes.create_string_buffer(_MAX_RECEIVE)
 
 
-_buffer = _Buffer()
-_accept4 = getattr(libc, "accept4", None) if sys.platform == "linux" else None
+_buffer: Any = _Buffer() if libc is not None else None
 
 
 class HeldSocket(socket.socket):
-    """A stream socket whose calls hold the lock, as long as it is non-blocking. Made by `hold`."""
+    """A stream socket whose calls hold the lock, as long as it is non-blocking. Made by `hold`, where there is libc."""
 
     __slots__ = ()
 
+    # What ctypes passes for the socket: its descriptor as of the very moment of the call, -1 once it is closed.
+    _as_parameter_ = property(socket.socket.fileno)
+
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """Send, as ``socket.send``. Of a view or bytearray at most 256 KiB are taken at once."""
-        if flags or libc is None or self.gettimeout() != 0:
+        """Send, as ``socket.send``. Of a view or bytearray at most 64 KiB are taken at once."""
+        if flags or self.gettimeout() != 0:
             return super().send(data, flags)
         if type(data) is not bytes:
             with memoryview(data) as view:
-                data = bytes(view) if view.nbytes <= _COPIED else bytes(view.cast("B")[:_COPIED])
-        size: int = libc.send(self.fileno(), data, min(len(data), _MOST), _NO_SIGNAL)
+                if not view.contiguous:
+                    return super().send(data)  # which says what is wrong
+                data = bytes(view) if view.nbytes <= _MAX_COPY else bytes(view.cast("B")[:_MAX_COPY])
+        size: int = libc.send(self, data, min(len(data), _MAX_LENGTH), _SEND_FLAGS)
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().send(data)  # which knows what signal handlers are owed
@@ -86,39 +100,43 @@ class HeldSocket(socket.socket):
         return size
 
     def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None, /) -> int:
-        """Send several, as ``socket.sendmsg``; at most 256 KiB at once."""
-        if ancdata or flags or address is not None or libc is None or self.gettimeout() != 0:
+        """Send several, as ``socket.sendmsg``; about 64 KiB at once."""
+        if ancdata or flags or address is not None or self.gettimeout() != 0:
             return super().sendmsg(buffers, ancdata, flags, address)
+        buffers = list(buffers)
         joined = bytearray()
         for buffer in buffers:
             with memoryview(buffer) as view:
-                joined += view if view.nbytes <= _COPIED else view.cast("B")[:_COPIED]
-            if len(joined) >= _COPIED:
+                if not view.contiguous:
+                    return super().sendmsg(buffers)  # which says what is wrong
+                joined += view if view.nbytes <= _MAX_COPY else view.cast("B")[:_MAX_COPY]
+            if len(joined) >= _MAX_COPY:
                 break
-        return self.send(joined)
+        return self.send(bytes(joined))
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Receive, as ``socket.recv``; at most 64 KiB at once."""
-        if bufsize <= 0 or flags or libc is None or self.gettimeout() != 0:
+        if flags or type(bufsize) is not int or not 0 < bufsize <= _MAX_LENGTH or self.gettimeout() != 0:
             return super().recv(bufsize, flags)
         buffer = _buffer.bytes
-        size: int = libc.recv(self.fileno(), buffer, min(bufsize, _RECEIVED), 0)
+        size: int = libc.recv(self, buffer, min(bufsize, _MAX_RECEIVE), _RECV_FLAGS)
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().recv(bufsize)
             raise _last_error()
-        received: bytes = buffer[:size]  # type: ignore[assignment]  # an array of c_char gives bytes
+        received: bytes = buffer[:size]
         return received
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Receive into a buffer, as ``socket.recv_into``."""
-        if flags or libc is None or self.gettimeout() != 0:
+        if flags or type(nbytes) is not int or self.gettimeout() != 0:
             return super().recv_into(buffer, nbytes, flags)
         room = len(buffer) if type(buffer) is bytearray else memoryview(buffer).nbytes
         if not 0 <= nbytes <= room or not room:
             return super().recv_into(buffer, nbytes)  # which says what is wrong
         place = ctypes.byref(ctypes.c_char.from_buffer(buffer))
-        size: int = libc.recv(self.fileno(), place, min(nbytes or room, _MOST), 0)
+        size: int = libc.recv(self, place, min(nbytes or room, _MAX_LENGTH), _RECV_FLAGS)
+        del place  # or the traceback of an error would keep the buffer from changing its size
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().recv_into(buffer, nbytes)
@@ -126,11 +144,14 @@ class HeldSocket(socket.socket):
         return size
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept, as ``socket.accept``; the new socket is held and non-blocking, too."""
-        if _accept4 is None or libc is None or self.gettimeout() != 0 or self.family not in _ADDRESSES:
+        """Accept, as ``socket.accept``; on Linux the new socket is held and non-blocking, too."""
+        if self.gettimeout() != 0 or sys.platform != "linux" or self.family not in _ADDRESSES:
             return super().accept()
+        if self.fileno() >= 0 and os.get_blocking(self.fileno()):
+            super().setblocking(False)  # another process has made it blocking
         place = ctypes.create_string_buffer(128)
-        fd = _accept4(self.fileno(), place, ctypes.byref(ctypes.c_int(128)), socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        length = ctypes.byref(ctypes.c_int(128))
+        fd = libc.accept4(self, place, length, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         if fd < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().accept()
@@ -140,28 +161,25 @@ class HeldSocket(socket.socket):
 
     def setblocking(self, flag: bool, /) -> None:
         """As ``socket.setblocking``; says nothing to the system that it knows already."""
-        if flag or self.gettimeout() != 0 or self.fileno() < 0:
+        if flag is not False or self.gettimeout() != 0 or self.fileno() < 0 or os.get_blocking(self.fileno()):
             super().setblocking(flag)
 
     def shutdown(self, how: int, /) -> None:
         """As ``socket.shutdown``."""
-        if libc is None or self.gettimeout() != 0:
+        if type(how) is not int or not 0 <= how <= 2 or self.gettimeout() != 0:
             super().shutdown(how)
-        elif libc.shutdown(self.fileno(), how) < 0:
+        elif libc.shutdown(self, how) < 0:
             raise _last_error()
 
     def _real_close(self, *args: Any) -> None:
         # What close() ends in, once no file made of the socket needs it any more.
-        if libc is None or self.gettimeout() != 0:
+        if self.gettimeout() != 0:
             super()._real_close(*args)  # type: ignore[misc]  # typeshed leaves it out
             return
         fd = self.detach()
         # Linux has given the descriptor up in any case; the peer's reset is no news to who closes.
         if fd >= 0 and libc.close(fd) < 0 and ctypes.get_errno() != errno.ECONNRESET:
             raise _last_error()
-
-
-_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 def _inet(raw: bytes) -> tuple[str, int]:
@@ -180,34 +198,29 @@ _ADDRESSES = {socket.AF_INET: _inet, socket.AF_INET6: _inet6}
 
 
 def hold(sock: socket.socket) -> socket.socket:
-    """Have the calls of this socket hold the lock from now on, whoever has it. Returns the same object.
+    """Have the calls of this socket hold the lock from now on. Returns the same object, which others may have, too.
 
-    A TLS socket, or any other that is not a plain one, stays as it is.
+    A TLS socket, or any other that is not a plain stream, stays as it is.
     """
-    if type(sock) is socket.socket and libc is not None:
+    if libc is not None and type(sock) is socket.socket and sock.type == socket.SOCK_STREAM:
         sock.__class__ = HeldSocket
     return sock
 
 
-# struct epoll_event is packed on x86-64 and nowhere else; of its data, Python sets the descriptor.
-_EVENT = struct.Struct("=Ii4x" if os.uname().machine == "x86_64" else "=I4xi4x") if os.name == "posix" else None
-
-
 class HeldEpoll:
-    """``select.epoll`` that holds the lock but where it waits: it looks first, and waits only if there is nothing."""
+    """``select.epoll`` that holds the lock except where it waits: it looks first, and waits if there is nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: struct.Struct) -> None:
+        """``event``: as `_event_layout` found it."""
         self._epoll = select.epoll()
         self._fd = self._epoll.fileno()
         self._share = FairShare()
-        assert _EVENT is not None
-        self._size = _EVENT.size
-        self._found = ctypes.create_string_buffer(self._size * _EVENTS)
+        self._event = event
+        self._found = ctypes.create_string_buffer(event.size * _MAX_EVENTS)
         self._view = memoryview(self._found).cast("B")
 
     def _control(self, operation: int, fd: int, events: int) -> None:
-        assert _EVENT is not None
-        if libc.epoll_ctl(self._fd, operation, fd, _EVENT.pack(events, fd)) < 0:
+        if libc.epoll_ctl(self._fd, operation, fd, self._event.pack(events, fd)) < 0:
             raise _last_error()
 
     def register(self, fd: int, eventmask: int) -> None:
@@ -225,10 +238,10 @@ class HeldEpoll:
     def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
         """As ``select.epoll.poll``: (descriptor, events) of each that is ready."""
         self._share.pause()
-        count = libc.epoll_wait(self._fd, self._found, _EVENTS, 0)
+        count = libc.epoll_wait(self._fd, self._found, _MAX_EVENTS, 0)
         if count > 0:
-            assert _EVENT is not None
-            return [(fd, events) for events, fd in _EVENT.iter_unpack(self._view[: count * self._size])]
+            event = self._event
+            return [(fd, events) for events, fd in event.iter_unpack(self._view[: count * event.size])]
         if count == 0 and timeout == 0:
             return []
         return self._epoll.poll(timeout, maxevents)
@@ -243,35 +256,54 @@ class HeldEpoll:
         self._epoll.close()
 
 
-class _Kevent(ctypes.Structure):
-    """macOS's struct kevent."""
+@functools.cache
+def _event_layout() -> struct.Struct | None:
+    """How this system lays out struct epoll_event (packed on some processors), found by trying; None: in no known way.
 
-    _fields_ = (
-        ("ident", ctypes.c_size_t),
-        ("filter", ctypes.c_int16),
-        ("flags", ctypes.c_uint16),
-        ("fflags", ctypes.c_uint32),
-        ("data", ctypes.c_ssize_t),
-        ("udata", ctypes.c_void_p),
-    )
+    Of its data, Python sets the descriptor.
+    """
+    if libc is None or not hasattr(libc, "epoll_wait"):
+        return None
+    ready, peer = socket.socketpair()
+    with ready, peer, contextlib.closing(select.epoll()) as epoll:
+        peer.send(b"x")
+        epoll.register(ready, select.EPOLLIN)
+        found = ctypes.create_string_buffer(64)
+        libc.epoll_wait(epoll.fileno(), found, 1, 0)
+        for layout in map(struct.Struct, ("=Ii4x", "=I4xi4x")):
+            if layout.unpack_from(found) == (select.EPOLLIN, ready.fileno()):
+                return layout
+    return None
 
 
 class HeldKqueue:
     """``select.kqueue``, likewise."""
 
     def __init__(self) -> None:
+        # macOS's struct kevent.
+        class Kevent(ctypes.Structure):
+            _fields_ = (
+                ("ident", ctypes.c_size_t),
+                ("filter", ctypes.c_int16),
+                ("flags", ctypes.c_uint16),
+                ("fflags", ctypes.c_uint32),
+                ("data", ctypes.c_ssize_t),
+                ("udata", ctypes.c_void_p),
+            )
+
+        self._event: Any = Kevent
         self._kqueue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # not on Linux
         self._share = FairShare()
-        self._found = (_Kevent * _EVENTS)()
+        self._found = (Kevent * _MAX_EVENTS)()
         self._no_time = (ctypes.c_long * 2)(0, 0)
 
     def control(self, changes: Any, max_events: int, timeout: float | None = None, /) -> Any:
         """As ``select.kqueue.control``: what is ready, each with ``ident`` and ``filter``."""
         self._share.pause()
         given = [(each.ident, each.filter, each.flags, each.fflags, each.data, None) for each in changes or ()]
-        array: Any = (_Kevent * len(given))(*given)  # type: ignore[misc]  # a structure takes a tuple
+        array = (self._event * len(given))(*given)
         fd = self._kqueue.fileno()
-        count = libc.kevent(fd, array, len(given), self._found, min(max_events, _EVENTS), self._no_time)
+        count = libc.kevent(fd, array, len(given), self._found, min(max_events, _MAX_EVENTS), self._no_time)
         if count < 0 and ctypes.get_errno() != errno.EINTR:
             raise _last_error()
         if count > 0 or timeout == 0 or not max_events:
@@ -290,15 +322,19 @@ class HeldKqueue:
 
 def _selector() -> selectors.BaseSelector:
     """The system's best, holding the lock where that is possible."""
-    selector = selectors.DefaultSelector()
-    held: Any = {"linux": HeldEpoll, "darwin": HeldKqueue}.get(sys.platform)
-    if held is not None and libc is not None and hasattr(libc, "epoll_wait" if held is HeldEpoll else "kevent"):
-        # Not public, but the same in all versions; in another one the attribute is merely not looked at.
-        unused: Any = getattr(selector, "_selector", None)
+    selector: Any = selectors.DefaultSelector()
+    held: Any = None
+    if sys.platform == "linux" and isinstance(selector, selectors.EpollSelector):
+        layout = _event_layout()
+        held = None if layout is None else HeldEpoll(layout)
+    elif sys.platform == "darwin" and hasattr(libc, "kevent") and isinstance(selector, selectors.KqueueSelector):
+        held = HeldKqueue()
+    if held is not None:
+        # Not public, but the same in all versions; a version that had another attribute would not look at this one.
+        unused, selector._selector = getattr(selector, "_selector", None), held
         if unused is not None:
             unused.close()
-            selector._selector = held()  # type: ignore[attr-defined]
-    return selector
+    return selector  # type: ignore[no-any-return]
 
 
 class HeldLoop(asyncio.SelectorEventLoop):
@@ -318,6 +354,9 @@ class HeldLoop(asyncio.SelectorEventLoop):
 
     def _make_socket_transport(self, sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
         return super()._make_socket_transport(hold(sock), *args, **kwargs)  # type: ignore[misc]
+
+    def _make_ssl_transport(self, sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
+        return super()._make_ssl_transport(hold(sock), *args, **kwargs)  # type: ignore[misc]
 
 
 def random_bytes(size: int) -> bytes:

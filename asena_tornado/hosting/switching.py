@@ -5,33 +5,40 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 
 
 class SwitchInterval:
-    """Keeps ``sys.setswitchinterval`` at the shortest of what is wanted, and puts it back in the end.
+    """Keeps ``sys.setswitchinterval`` at the shortest that anybody wants, and puts it back in the end.
 
-    What the user has set counts: a shorter interval is left as it is, and so is one that is set meanwhile, until
-    everybody has let go.
+    What the user sets counts: a shorter interval is left as it is, and so is one that is set meanwhile, until nobody
+    wants anything any more.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted: dict[object, float] = {}
+        # Reentrant, as a signal's handler or the garbage collector may strike while it is held.
+        self._lock = threading.RLock()
+        self._wanted: dict[weakref.ref[object], float] = {}
         self._before = 0.0
         self._ours: float | None = None  # what we have set, as the interpreter tells it: it counts in microseconds
 
-    def hold(self, owner: object, seconds: float | None) -> None:
-        """From now on at most ``seconds``, for this owner; None wants nothing. Later calls replace earlier ones."""
+    def request(self, owner: object, seconds: float | None) -> None:
+        """From now on at most ``seconds`` for this owner, as long as it lives; None: whatever it is otherwise."""
         with self._lock:
             if seconds is None:
-                self._wanted.pop(owner, None)
+                self._wanted.pop(weakref.ref(owner), None)
             else:
-                self._wanted[owner] = seconds
+                self._wanted[weakref.ref(owner, self._gone)] = seconds
             self._adjust()
 
     def release(self, owner: object) -> None:
-        """The owner needs it no more."""
-        self.hold(owner, None)
+        """The owner wants nothing any more."""
+        self.request(owner, None)
+
+    def _gone(self, owner: weakref.ref[object]) -> None:
+        with self._lock:
+            self._wanted.pop(owner, None)
+            self._adjust()
 
     def _adjust(self) -> None:
         current = sys.getswitchinterval()
@@ -55,7 +62,7 @@ class SwitchInterval:
 
     def forget(self) -> None:
         """In a forked child, which has none of the threads: put it back."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._wanted.clear()
         self._adjust()
 
