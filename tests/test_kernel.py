@@ -448,6 +448,45 @@ def test_an_interrupt_ends_an_await_and_leaves_server_and_client_usable(kernel: 
     assert "more\n" in kernel.run("await client.send('more'); print(await client.recv())")
 
 
+def test_an_interrupt_that_strikes_a_handler_reaches_the_cell_and_leaves_no_zombie(fresh_kernel: Kernel):
+    """Handlers share the kernel's thread here, and run inside a cell that waits in a nested loop."""
+    fresh_kernel.run(
+        """
+        import nest_asyncio2
+        nest_asyncio2.apply()
+
+        @WebSocket("/slow")
+        class Slow(AsenaWebSocketService):
+            def on_message(self, ws, message: str):
+                print("handling")
+                until = time.monotonic() + 30
+                while time.monotonic() < until:
+                    pass
+            def on_close(self, ws, code):
+                print("closed with", code)
+
+        server = AsenaServer(Slow, Echo, port=0).start(hosting="kernel")
+        """
+    )
+    url = fresh_kernel.run("print(server.url('/slow'))").strip()
+    with connect(url) as client:
+        (waiting,) = fresh_kernel.send("print('waiting'); server.call(lambda: asyncio.sleep(3600), timeout=None)")
+        fresh_kernel.await_text("waiting")
+        client.send("go")
+        fresh_kernel.await_text("handling")
+        fresh_kernel.interrupt()
+        assert "KeyboardInterrupt" in fresh_kernel.finish(waiting).error
+        fresh_kernel.run("await asyncio.sleep(0)")
+        with pytest.raises(ConnectionClosed):
+            client.recv(timeout=20)
+    fresh_kernel.await_text("closed with 1011")
+    assert fresh_kernel.run("print(server.state, len(server.inspector.sockets))") == "running 0\n"
+    with connect(url.replace("/slow", "/echo")) as client:
+        client.send("still here")
+        assert client.recv(timeout=20) == "still here"
+    fresh_kernel.run("await server.aclose()")
+
+
 def test_an_interrupt_ends_a_start_that_hangs(kernel: Kernel):
     kernel.run(
         """
