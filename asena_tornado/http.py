@@ -12,14 +12,13 @@ from http.client import responses as phrases
 from typing import Any, TypeVar, overload
 from urllib.parse import urlsplit
 
-from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
 from .container import component
-from .errors import ConfigurationError, MiddlewareError
-from .messages import encode, validation_errors
+from .errors import ConfigurationError, MiddlewareError, bounded, text_of
+from .messages import Invalid, Validator, encode
 from .namespace import serving
 
 log = logging.getLogger("asena_tornado")
@@ -158,7 +157,7 @@ class Context:
         """The body, parsed as JSON: as a ``model`` (anything that pydantic can validate), or as it is.
 
         What is no JSON, or missing, is answered with 400; what ``model`` does not accept with 422 and pydantic's
-        errors. The bytes are ``context.req.body``.
+        errors, bounded as those of `InvalidMessageError` are. The bytes are ``context.req.body``.
         """
         body = self.req.body or b""
         if not body.strip():
@@ -166,12 +165,11 @@ class Context:
         try:
             if model is None:
                 return from_json(body, allow_inf_nan=False)
-            return _adapter(model).validate_json(body)
-        except ValidationError as invalid:
-            errors = validation_errors(invalid)
-            if errors[0]["type"] != "json_invalid":
-                raise Refusal(422, "the body is not valid", errors=errors) from None
-            message = errors[0]["msg"]
+            return _validator(model).json(body)
+        except Invalid as invalid:
+            if invalid.not_json is None:
+                raise Refusal(422, "the body is not valid", errors=invalid.errors) from None
+            message = invalid.not_json
         except ValueError as error:
             message = str(error)
         raise Refusal(400, f"the body is not JSON: {message}")
@@ -181,8 +179,8 @@ class Context:
 
 
 @functools.lru_cache(maxsize=64)
-def _adapter(model: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
+def _validator(model: Any) -> Validator:
+    return Validator(model)
 
 
 def parse_query(request: HTTPServerRequest) -> dict[str, str | list[str]]:
@@ -351,7 +349,7 @@ class Chain:
         except Answered as answered:
             return answered.response
         except Exception as error:
-            log.exception("%s failed: %s", self._where, error)
+            log.error("%s failed: %s", self._where, text_of(error), exc_info=bounded(error))
             return make_response({"error": "internal error"}, 500)
         finally:
             serving.reset(token)

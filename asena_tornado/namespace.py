@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from .errors import ConfigurationError, ServerStateError, SocketClosedError
+from .errors import ConfigurationError, ServerStateError, SocketClosedError, text_of
 from .events import EventLog
 from .messages import Message, encode
 from .rooms import RoomIndex, RoomsView, check_room
@@ -324,7 +324,7 @@ class Namespace:
             try:
                 values = hooks.values(old.plain_values(socket.data.values), from_query=False)
             except Exception as error:  # a validator may raise anything; the others must not suffer
-                log.warning("%s: its values do not fit the new service: %s", socket, error)
+                log.warning("%s: its values do not fit the new service: %s", socket, text_of(error))
                 socket._connection.close(1012, "the service has changed: connect again")
             else:
                 socket.data = dataclasses.replace(socket.data, values=values)

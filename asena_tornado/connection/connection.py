@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidMessageError, SocketClosedError
+from ..errors import InvalidMessageError, SocketClosedError, bounded, text_of
 from ..messages import BINARY, TEXT, Message, frame
 from ..namespace import serving
 from ..sockets import ReadyState
@@ -505,17 +505,17 @@ class Connection:
         if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
             log.info("%s: its client went away while a handler was running: %s", self.socket, error)
         else:
-            log.error("%s: %s in a handler", self.socket, type(error).__name__, exc_info=error)
+            log.error("%s: %s in a handler", self.socket, type(error).__name__, exc_info=bounded(error))
         try:
             result = self._namespace.hooks.error(self.socket, error)
             if result is not None and isawaitable(result):
                 await result
         except (Exception, SystemExit) as second:
-            log.error("%s: on_error failed as well", self.socket, exc_info=second)
+            log.error("%s: on_error failed as well", self.socket, exc_info=bounded(second))
             self.close(1011, "internal error")
 
     def _note(self, error: BaseException) -> None:
-        self.last_error = f"{type(error).__name__}: {error}"
+        self.last_error = f"{type(error).__name__}: {text_of(error)}"
         self._events.record("error", self.socket.id, detail=self.last_error)
 
     def _notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
