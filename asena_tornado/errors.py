@@ -21,6 +21,7 @@ __all__ = [
     "MiddlewareError",
     "NamespaceNotFoundError",
     "PortInUseError",
+    "RoomLimitError",
     "RoomNameError",
     "ServerStateError",
     "SocketClosedError",
@@ -77,7 +78,11 @@ class MiddlewareError(AsenaError, RuntimeError):
 
 
 class RoomNameError(AsenaError, ValueError):
-    """A room's name must be a non-empty string."""
+    """A room's name must be a non-empty string, of at most `WebSocketOptions.max_room_name_bytes`."""
+
+
+class RoomLimitError(AsenaError, RuntimeError):
+    """The socket is in as many rooms as it may be: `WebSocketOptions.max_rooms_per_socket`."""
 
 
 class SocketClosedError(AsenaError, RuntimeError):

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import pytest
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from asena_tornado import AsenaServer, AsenaWebSocketService, Controller, Post, WebSocket
-from asena_tornado.errors import InvalidMessageError
+from asena_tornado import (
+    AsenaServer,
+    AsenaWebSocketService,
+    Controller,
+    InvalidMessageError,
+    LocalTransport,
+    Post,
+    RoomLimitError,
+    RoomNameError,
+    UlakError,
+    WebSocket,
+    WebSocketOptions,
+)
+from asena_tornado.events import EventLog, Tap
 from asena_tornado.messages import Validator
 
 MB = 1024 * 1024
@@ -228,3 +242,191 @@ def test_what_a_schema_holds_besides_schemas_is_left_alone():
     validator = Validator(Odd)
     assert validator.json(json.dumps({"type": [1] * 10_000})).default == {"type": "list"}
     assert TypeAdapter(Odd).core_schema == validator._adapter.core_schema
+
+
+# -- rooms
+
+
+@WebSocket("/rooms", options=WebSocketOptions(max_rooms_per_socket=3, max_room_name_bytes=8))
+class FewRooms(AsenaWebSocketService):
+    def on_message(self, ws, rooms: list[str]):
+        try:
+            for room in rooms:
+                ws.subscribe(room)
+        except (RoomLimitError, RoomNameError) as error:
+            ws.send({"error": str(error), "rooms": sorted(ws.rooms)})
+        else:
+            ws.send({"rooms": sorted(ws.rooms)})
+
+
+@pytest.fixture
+def few() -> Iterator[AsenaServer]:
+    with AsenaServer(FewRooms, port=0) as server:
+        yield server
+
+
+def ask(wire, message: object) -> Any:
+    wire.send(json.dumps(message))
+    return json.loads(wire.read())
+
+
+def test_one_room_too_many_is_an_error_that_names_the_option_and_loses_nothing(few, wires):
+    wire = wires.connect(few, "/rooms")
+    assert ask(wire, ["a", "b", "c"]) == {"rooms": ["a", "b", "c"]}
+    answer = ask(wire, ["a", "d"])
+    assert answer["rooms"] == ["a", "b", "c"]
+    assert "max_rooms_per_socket" in answer["error"]
+    assert list(few.namespaces["/rooms"].rooms) == ["a", "b", "c"]
+    (socket,) = few.namespaces["/rooms"].sockets.values()
+    socket.unsubscribe("a")
+    assert ask(wire, ["d"]) == {"rooms": ["b", "c", "d"]}
+
+
+def test_the_limit_holds_for_what_another_thread_asks_for_while_the_loop_is_busy(few, wires, caplog):
+    wires.connect(few, "/rooms")
+    (socket,) = few.namespaces["/rooms"].sockets.values()
+    busy, over = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        busy.set()
+        assert over.wait(10)
+
+    thread = threading.Thread(target=few.call, args=(hold_up,))
+    thread.start()
+    assert busy.wait(10)
+    for i in range(5):
+        socket.subscribe(f"r{i}")
+    over.set()
+    thread.join()
+    assert few.call(lambda: sorted(socket.rooms)) == ["r0", "r1", "r2"]
+    assert caplog.text.count("max_rooms_per_socket") == 2
+    with pytest.raises(RoomLimitError):
+        few.inspector.join(socket.id, "one more")
+
+
+@pytest.mark.parametrize("name", ["x" * 9, "€" * 3, "x" * 1_000_000], ids=["ascii", "not ascii", "very long"])
+async def test_a_name_too_long_is_an_error_that_names_the_option_for_everybody(few, wires, name):
+    wire = wires.connect(few, "/rooms")
+    answer = ask(wire, [name])
+    assert answer["rooms"] == []
+    assert "max_room_name_bytes" in answer["error"]
+    assert len(answer["error"]) < 200
+    namespace = few.namespaces["/rooms"]
+    (socket,) = namespace.sockets.values()
+    for send in (
+        lambda: namespace.hooks.service.to(name, "x"),
+        lambda: namespace.hooks.service.to(["fits", name], "x"),
+        lambda: socket.publish(name, "x"),
+        lambda: socket.subscribe(name),
+        lambda: few.inspector.to(name, "x"),
+        lambda: few.inspector.join(socket.id, name),
+    ):
+        with pytest.raises(RoomNameError, match="max_room_name_bytes"):
+            send()
+    with pytest.raises(UlakError, match="max_room_name_bytes"):
+        await few.ulak.to("/rooms", name, "x")
+    assert ask(wire, ["x" * 8, "€€"]) == {"rooms": ["x" * 8, "€€"]}
+
+
+async def test_another_node_that_refuses_a_room_says_why():
+    async with (
+        AsenaServer(FewRooms, port=0, transport=LocalTransport("bounds")) as one,
+        AsenaServer(FewRooms, port=0, transport=LocalTransport("bounds")) as two,
+    ):
+        client = await two.connect("/rooms")
+        await client.send(["a", "b", "c"])
+        await client.recv()
+        (id,) = two.namespaces["/rooms"].sockets
+        with pytest.raises(RoomLimitError, match="max_rooms_per_socket"):
+            await one.inspector.cluster.join(id, "d")
+        assert "left" in repr(await one.inspector.cluster.leave(id, "a"))
+        await client.close()
+
+
+MANY = 100_000
+
+
+@WebSocket("/many")
+class ManyRooms(AsenaWebSocketService):
+    seen: ClassVar[list[tuple[int, int, list[str]]]] = []
+
+    def on_message(self, ws, message: str):
+        if message == "join":
+            for i in range(MANY):
+                ws.subscribe(f"room {i}")
+        ws.send(message)
+
+    def on_close(self, ws):
+        others = [socket.id for socket in self.get_sockets_by_room("room 7")]
+        self.seen.append((len(ws.rooms), len(self.rooms), others))
+        for room in ("room 7", "room 99999"):
+            ws.publish(room, f"{room} misses somebody")
+
+
+def test_who_leaves_a_hundred_thousand_rooms_stalls_nobody_is_sent_nothing_and_has_left_before_on_close(wires):
+    ManyRooms.seen.clear()
+    with AsenaServer(ManyRooms, port=0) as server:
+        other, wire = wires.connect(server, "/many"), wires.connect(server, "/many")
+        for each in (other, wire):
+            each.send("join")
+            assert each.read() == "join"
+        namespace = server.namespaces["/many"]
+        stays, goes = namespace.sockets.values()
+        turns = 0
+        late: list[tuple[int, bool]] = []
+
+        def count() -> None:
+            nonlocal turns
+            if goes.id not in namespace.sockets:
+                turns += 1
+                if turns == 1:
+                    assert goes in namespace.rooms["room 0"]  # in one of its last slices: it is still to leave it
+                    late.append((namespace.to("room 0", "late"), goes in namespace.rooms["room 0"]))
+            if not ManyRooms.seen:
+                asyncio.get_running_loop().call_soon(count)
+
+        server.call(count)
+        wire.close()
+        # Others have their turn all the while.
+        assert [other.read() for _ in range(3)] == ["late", "room 7 misses somebody", "room 99999 misses somebody"]
+        assert turns >= MANY / 1000 / 2
+        assert late == [(1, False)]
+        assert ManyRooms.seen == [(MANY, MANY, [stays.id])]
+        assert wire.close_code() == 1000
+        assert wire.rest() == b""
+        other.close()
+        assert other.close_code() == 1000
+        other.rest()
+    assert ManyRooms.seen[1] == (MANY, 0, [])
+    assert not namespace.rooms
+    assert not stays.rooms
+
+
+# -- events
+
+
+def test_events_are_bounded_in_bytes(few):
+    log = EventLog("/x", limit=1000)
+    tap = Tap(lambda event: True)
+    tap.follow([log])
+    for _ in range(2000):
+        log.record("closed", "x", rooms=[f"{i} {'x' * 1000}" for i in range(100)], code=1000, detail="bye")
+    events = log.latest(1000, lambda event: True)
+    assert 100 < len(events) < 1000
+    assert sum(len(room) for event in events for room in event.rooms) < 4 * MB
+    assert tap.dropped == 2000 - len(events)
+    assert events[-1].detail == "bye (and 85 more rooms)"
+
+
+def test_the_event_of_a_socket_that_was_in_very_many_rooms_names_the_first(wires):
+    ManyRooms.seen.clear()
+    with AsenaServer(ManyRooms, port=0) as server:
+        wire = wires.connect(server, "/many")
+        wire.send("join")
+        wire.read()
+        wire.close()
+        wire.rest()
+        (closed,) = [event for event in server.inspector.events() if event.kind == "closed"]
+        assert closed.rooms[:2] == ("room 0", "room 1")
+        assert 100 < len(closed.rooms) < 1000
+        assert closed.detail == f"(and {MANY - len(closed.rooms)} more rooms)"

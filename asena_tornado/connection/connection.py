@@ -403,6 +403,11 @@ class Connection:
         """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
         if self.state is ReadyState.OPEN:
             self._namespace.release(self.socket, self._code or 1006, self._reason)
+            self._release_rooms()
+
+    def _release_rooms(self) -> None:
+        if self._namespace.release_more(self.socket):
+            self._loop.call_soon(self._release_rooms)
 
     def _forget(self) -> None:
         """Once on_close has run and the TCP connection is gone too: whoever stops waits for both."""
@@ -480,11 +485,14 @@ class Connection:
 
     async def _run_on_close(self) -> None:
         hook = self._namespace.hooks.close
-        if hook is None:
+        if hook is None and not self._namespace.is_releasing(self.socket):
             return
         try:
+            while self._namespace.is_releasing(self.socket):  # noqa: ASYNC110  # every turn of the loop brings it on
+                await asyncio.sleep(0)
             async with asyncio.timeout(self._options.on_close_timeout):
-                await self._run(hook, self.socket, self._code or 1006, self._reason)
+                if hook is not None:
+                    await self._run(hook, self.socket, self._code or 1006, self._reason)
         except (TimeoutError, asyncio.CancelledError):
             log.error("%s: on_close did not finish within %s s", self.socket, self._options.on_close_timeout)
 
