@@ -156,6 +156,9 @@ class Handshake:
             )
         if headers.get("Sec-WebSocket-Version") != "13":
             raise Refusal(426, "only WebSocket version 13 is spoken here", headers={"Sec-WebSocket-Version": "13"})
+        # After the upgrade nobody would read it as such, and what a proxy takes for a body would be frames to us.
+        if "Transfer-Encoding" in headers or set(headers.get_list("Content-Length")) - {"0"}:
+            raise Refusal(400, "a WebSocket handshake has no body")
         keys = headers.get_list("Sec-WebSocket-Key")
         try:
             if len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16:
