@@ -116,7 +116,7 @@ class HandshakeRefused(AsenaError, ConnectionError):
 
     def __init__(self, url: str, status: int, body: str) -> None:
         shown = body if len(body) <= 500 else body[:500] + "…"
-        super().__init__(f"{url} refused the handshake with HTTP {status}{f': {shown}' if shown else ''}")
+        super().__init__(f"{shown_url(url)} refused the handshake with HTTP {status}{f': {shown}' if shown else ''}")
         self.url = url
         self.status = status
         self.body = body
@@ -161,6 +161,18 @@ class UlakError(AsenaError):
         super().__init__(message)
         self.code = code
         self.namespace = namespace
+
+
+# -- for texts: there may be a token in the query string of a URL, and a password in front of its host
+
+
+def shown_url(url: str) -> str:
+    """The URL without those two, such as ``ws://host/chat?…``."""
+    base, query, _ = url.partition("?")
+    scheme, separator, rest = base.partition("#")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    _, user, host = host.rpartition("@")
+    return f"{scheme}{separator}{'…@' if user else ''}{host}{slash}{path}{'?…' if query else ''}"
 
 
 # -- for our own logs and views: what others raise may quote a client's whole message

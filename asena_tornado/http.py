@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from http.client import responses as phrases
+from types import TracebackType
 from typing import Any, TypeVar, overload
 from urllib.parse import urlsplit
 
@@ -396,7 +397,33 @@ async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-class JsonHandler(RequestHandler):
+class DiscreetHandler(RequestHandler):
+    """A handler of whose requests Tornado logs no query string, in ``tornado.access`` or elsewhere.
+
+    There may be a token in it.
+    """
+
+    def _request_summary(self) -> str:
+        return f"{self.request.method} {self.request.path} ({self.request.remote_ip})"
+
+    def log_exception(
+        self, typ: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Without the request, whose repr has the whole address."""
+        if isinstance(value, HTTPError):
+            super().log_exception(typ, value, tb)
+        elif value is not None:
+            log.error("%s failed: %s", self._request_summary(), text_of(value), exc_info=bounded(value))
+
+    def decode_argument(self, value: bytes, name: str | None = None) -> str:
+        """Tornado would log what cannot be decoded."""
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise HTTPError(400, "%s is not UTF-8", name or "the address") from None
+
+
+class JsonHandler(DiscreetHandler):
     """Errors as JSON, without a traceback."""
 
     def allowed(self) -> str:

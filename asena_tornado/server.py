@@ -719,7 +719,7 @@ async def _until_loop_ends(server: AsenaServer) -> Any:
 
 
 def _log_request(handler: Any) -> None:
-    log.debug("%s %s", handler.get_status(), handler.request.uri)
+    log.debug("%s %s", handler.get_status(), handler.request.path)  # there may be a token in the query
 
 
 _running: weakref.WeakSet[AsenaServer] = weakref.WeakSet()

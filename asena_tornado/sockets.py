@@ -27,7 +27,7 @@ class ReadyState(IntEnum):
     CLOSED = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SocketData(Generic[T]):
     """What is known of a client from its handshake.
 
@@ -40,6 +40,10 @@ class SocketData(Generic[T]):
     path: str
     query: Mapping[str, str | list[str]]
     values: T
+
+    def __repr__(self) -> str:
+        # Neither the query nor what was made of it: there may be a token in it.
+        return f"<SocketData {self.id[:8]} {self.path}: {type(self.values).__name__}>"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "values":  # an instance that is still being made or copied
