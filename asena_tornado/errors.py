@@ -16,6 +16,7 @@ __all__ = [
     "ConnectionClosed",
     "EncodeError",
     "HandshakeRefused",
+    "HookNameWarning",
     "InjectionError",
     "InvalidMessageError",
     "MiddlewareError",
@@ -38,6 +39,10 @@ class AsenaError(Exception):
 
 class ConfigurationError(AsenaError, ValueError):
     """A decorator, an option or a combination of services that cannot work."""
+
+
+class HookNameWarning(UserWarning):
+    """A method's name is nearly that of a hook, which would then never be called."""
 
 
 class ServerStateError(AsenaError, RuntimeError):

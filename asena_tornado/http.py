@@ -17,7 +17,7 @@ from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from .container import component
+from .container import component, needs_self
 from .errors import ConfigurationError, MiddlewareError, bounded, text_of
 from .messages import Invalid, Validator, encode
 from .namespace import serving
@@ -267,8 +267,13 @@ def Middleware(name: Any = None) -> Any:
     def decorate(cls: C) -> C:
         if getattr(cls, "handle", None) in (None, MiddlewareService.handle):
             raise ConfigurationError(f"@Middleware() on {cls!r}: it needs a method handle(self, context, next)")
+        needs_self(cls, "handle")
         return component(cls, kind="Middleware", name=None if name is cls else name)
 
+    if inspect.isroutine(name):
+        raise ConfigurationError(
+            f"@Middleware goes above a class with handle(self, context, next), not the function {name.__name__}"
+        )
     return decorate(name) if isinstance(name, type) else decorate
 
 

@@ -152,6 +152,7 @@ class AsenaServer:
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._lifeline: Any = None
+        self._mounted: weakref.WeakSet[Application] = weakref.WeakSet()
         # Starting and stopping from several threads at once takes turns.
         self._lock = threading.RLock()
 
@@ -349,8 +350,13 @@ class AsenaServer:
 
         Components start on the application's loop: at once if it runs already, else with the first request; they
         stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
+        Raises `ConfigurationError` when this server is mounted there already, unless it can be started by that.
         """
-        app.add_handlers(r".*", self.routes())
+        if app not in self._mounted:
+            app.add_handlers(r".*", self.routes())
+            self._mounted.add(app)
+        elif self._state not in ("new", "stopped") or (self._state == "new" and running_loop() is None):
+            raise ConfigurationError("this server is mounted on this application already; once is enough")
         if self._state == "stopped":
             self._state = "new"
         if running_loop() is not None and self._state == "new":

@@ -39,6 +39,9 @@ from .outbox import Outbox
 log = logging.getLogger("asena_tornado")
 
 
+_LOGGED = 10  # validation errors in one line
+
+
 class Endpoint:
     """What the handshakes of one namespace need, on the loop that serves it."""
 
@@ -100,7 +103,17 @@ class Handshake:
         try:
             values = namespace.hooks.values(values, from_query=from_query)
         except ValidationError as invalid:
-            raise Refusal(400, f"invalid data for {namespace.path}", errors=validation_errors(invalid)) from None
+            errors = validation_errors(invalid)
+            if from_query:
+                raise Refusal(400, f"invalid data for {namespace.path}", errors=errors) from None
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the value'}: {e['msg']}" for e in errors[:_LOGGED])
+            log.error(
+                "%s: set_websocket_value(…) was given what does not fit %s, the type of ws.data.values: %s",
+                namespace.path,
+                invalid.title,
+                wrong,
+            )
+            raise Refusal(500, "internal error") from None
         except Exception:  # raised by the user's own validators
             log.exception("%s: the values of a client could not be validated", namespace.path)
             raise Refusal(500, "internal error") from None
