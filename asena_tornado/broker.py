@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, field_serializer
 
 from .errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
 from .messages import Message, encode
-from .namespace import Door, Namespace, normalize_path, room_names
+from .namespace import Door, Namespace, normalize_path
 
 if TYPE_CHECKING:
     from .container import Container, Reference
@@ -219,7 +219,7 @@ class Ulak:
     def _to(self, path: str, rooms: str | Iterable[str], data: object) -> _Delivery:
         namespace = self._find(path)
         try:
-            names = room_names(rooms)
+            names = namespace.room_names(rooms)
         except RoomNameError as error:
             raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=namespace.path) from error
         if not names:

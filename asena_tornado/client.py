@@ -14,7 +14,7 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
-from .errors import ConnectionClosed, HandshakeRefused
+from .errors import ConnectionClosed, HandshakeRefused, shown_url
 from .hosting import LoopDoor, LoopThread, beside, hold, in_cell
 from .messages import BINARY, Message, encode
 
@@ -73,7 +73,7 @@ class Client:
                 self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
             )
         except TimeoutError:
-            raise TimeoutError(f"{self.url} took nothing for {self._timeout} s") from None
+            raise TimeoutError(f"{shown_url(self.url)} took nothing for {self._timeout} s") from None
         except WebSocketClosedError:
             raise self._closed() from None
 
@@ -84,7 +84,7 @@ class Client:
             async with asyncio.timeout(limit):
                 return await self._next()
         except TimeoutError:
-            raise TimeoutError(f"no message from {self.url} within {limit} s") from None
+            raise TimeoutError(f"no message from {shown_url(self.url)} within {limit} s") from None
 
     async def _next(self) -> str | bytes:
         while not self._inbox:
@@ -131,7 +131,7 @@ class Client:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.url} {'closed' if self._over else 'open'}>"
+        return f"<Client {shown_url(self.url)} {'closed' if self._over else 'open'}>"
 
 
 async def connect(
@@ -142,10 +142,10 @@ async def connect(
     The client lives on the loop that awaits this; in a notebook on a thread of its own, so that it answers pings
     and closes while a cell computes. ``headers``: of the handshake. ``timeout``: seconds, for this and as the
     default for every later wait. Raises `HandshakeRefused` with the status and body when the server answers with
-    plain HTTP, ``TimeoutError``, and ``OSError`` when nobody listens.
+    plain HTTP, ``TimeoutError``, and ``OSError`` when nobody listens; no text of these shows the query string.
     """
     if not url.startswith(("ws://", "wss://")):
-        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {url!r}")
+        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {shown_url(url)!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )
@@ -167,11 +167,11 @@ async def _connect(request: HTTPRequest, timeout: float) -> Client:
         connection = await asyncio.wait_for(opening, timeout)
     except HTTPClientError as error:
         if error.code == 599:
-            raise TimeoutError(f"{url} did not answer within {timeout} s") from None
+            raise TimeoutError(f"{shown_url(url)} did not answer within {timeout} s") from None
         body = error.response.body.decode(errors="replace") if error.response and error.response.body else ""
         raise HandshakeRefused(url, error.code, body) from None
     except TimeoutError:
-        raise TimeoutError(f"{url} did not answer within {timeout} s") from None
+        raise TimeoutError(f"{shown_url(url)} did not answer within {timeout} s") from None
     if beside() and isinstance(connection.stream, IOStream):
         hold(connection.stream.socket)
     return client._connected(connection)

@@ -9,18 +9,38 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import difflib
+import functools
 import inspect
 import logging
+import sys
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeVar, get_origin, overload, runtime_checkable
 
-from .errors import CircularDependencyError, ConfigurationError, InjectionError, ServerStateError, must_propagate
+from .errors import (
+    CircularDependencyError,
+    ConfigurationError,
+    HookNameWarning,
+    InjectionError,
+    ServerStateError,
+    must_propagate,
+)
 
-__all__ = ["Component", "Container", "Inject", "Reference", "Service", "component", "component_of"]
+__all__ = [
+    "Component",
+    "Container",
+    "Inject",
+    "Reference",
+    "Service",
+    "component",
+    "component_of",
+    "listed",
+    "needs_self",
+]
 
 logger = logging.getLogger("asena_tornado")
 
@@ -48,10 +68,16 @@ class Component:
     requires: tuple[object, ...] = ()
 
 
-def component(cls: C, *, kind: str, name: str | None = None, requires: Sequence[object] = ()) -> C:
+_HOOKS = ("on_start", "on_stop")
+
+
+def component(
+    cls: C, *, kind: str, name: str | None = None, requires: Sequence[object] = (), hooks: Sequence[str] = ()
+) -> C:
     """Mark ``cls`` as a component and return it; what ``Service``, ``WebSocket`` and the other decorators do.
 
-    ``kind`` is the decorator's name, ``name`` what ``Inject("name")`` finds it by (default: the class's).
+    ``kind`` is the decorator's name, ``name`` what ``Inject("name")`` finds it by (default: the class's). ``hooks``
+    are methods that are called besides ``on_start`` and ``on_stop``; a name that is nearly one of them is warned of.
     The mark is not inherited: a subclass needs a decorator of its own. Raises ``ConfigurationError`` for
     what is not a class, for an empty name, and for a class that another decorator has already marked.
     """
@@ -65,8 +91,86 @@ def component(cls: C, *, kind: str, name: str | None = None, requires: Sequence[
         raise ConfigurationError(
             f"{cls.__name__} is already a @{earlier.kind} and cannot also be a @{kind}; keep one of the two"
         )
+    hooks = (*hooks, *_HOOKS)
+    for hook in hooks:
+        needs_self(cls, hook)
+    _warn_of_near_misses(cls, hooks)
     setattr(cls, _MARKER, Component(kind, name or cls.__name__, cls, tuple(requires)))
     return cls
+
+
+def needs_self(cls: type[Any], name: str) -> None:
+    """Raise `ConfigurationError` for a method that is written like a function."""
+    method = inspect.getattr_static(cls, name, None)
+    if inspect.isfunction(method) and not inspect.signature(method, follow_wrapped=False).parameters:
+        raise ConfigurationError(f"{cls.__name__}.{name} is a method: its first parameter is self")
+
+
+def listed(middlewares: Sequence[Any], decorator: str) -> tuple[Any, ...]:
+    """What a decorator was given as ``middlewares``. Raises `ConfigurationError` for what cannot be any."""
+    given: object = middlewares  # whatever the annotation says
+    if not isinstance(given, list | tuple):
+        raise ConfigurationError(f"{decorator}: middlewares is a list, middlewares=[…], not {given!r}")
+    for each in given:
+        if inspect.isroutine(each) or isinstance(each, functools.partial):
+            raise ConfigurationError(
+                f"{decorator}: {getattr(each, '__name__', each)} is a function, and middleware is a class: "
+                "@Middleware() class Check: async def handle(self, context, next): …"
+            )
+    return tuple(given)
+
+
+def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
+    for name, method in vars(cls).items():
+        if name.startswith("_") or name in hooks or not inspect.isfunction(method):
+            continue
+        if not (name.lower().startswith("on") or inspect.iscoroutinefunction(method)):
+            continue
+        near = min(hooks, key=lambda hook: _distance(name.lower(), hook))
+        # Who calls it has not meant a hook: those are called by the server.
+        if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
+            warnings.warn(
+                f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "
+                "(If it is a method of your own, another name avoids this warning, or one that begins with _)",
+                HookNameWarning,
+                stacklevel=_outside(),
+            )
+
+
+def _calls(cls: type[Any], name: str) -> bool:
+    """Whether one of the class's own methods names it."""
+    codes = [method.__code__ for method in vars(cls).values() if inspect.isfunction(method)]
+    while codes:
+        code = codes.pop()
+        if name in code.co_names:
+            return True
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return False
+
+
+def _outside() -> int:
+    """The ``stacklevel``, for the caller, of the first frame that is not of this package."""
+    package, level = __name__.partition(".")[0] + ".", 1
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _distance(a: str, b: str) -> int:
+    """How many letters have to be added, left out, changed or swapped with the next one to make one of the other."""
+    if abs(len(a) - len(b)) > 2:
+        return 3  # or more
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        earlier, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if earlier and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, earlier[j - 2] + 1)
+            row.append(best)
+    return row[-1]
 
 
 def component_of(cls: type[Any]) -> Component | None:
@@ -91,6 +195,8 @@ def Service(name: Any = None) -> Any:
     """
     if isinstance(name, type):
         return component(name, kind="Service")
+    if inspect.isroutine(name):
+        raise ConfigurationError(f"@Service goes above a class, not the function {name.__name__}")
     return lambda cls: component(cls, kind="Service", name=name)
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
+from pydantic import BaseModel
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.routing import Matcher, Rule
 from tornado.web import stream_request_body
 
-from .container import component
+from .container import component, listed, needs_self
 from .errors import ConfigurationError
 from .http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, answer_to, make_response
 
@@ -56,13 +57,17 @@ def Controller(path: str = "/", *, name: str | None = None, middlewares: Sequenc
     Raises `ConfigurationError` for a path or class that cannot work.
     """
     _segments(path, "@Controller")
+    chain = listed(middlewares, f"@Controller({path!r})")
 
     def decorate(cls: C) -> C:
+        for method, mark in _marks(cls):
+            needs_self(cls, method)
+            _takes_context(cls, method, mark)
         marks = [mark for _, mark in _marks(cls)]
         if not marks:
             raise ConfigurationError(f'{cls!r} has no routes: put @Get("/…"), @Post("/…"), … above its methods')
-        required = (*middlewares, *(middleware for mark in marks for middleware in mark.middlewares))
-        cls.__asena_controller__ = ControllerSpec(path, tuple(middlewares))
+        required = (*chain, *(middleware for mark in marks for middleware in mark.middlewares))
+        cls.__asena_controller__ = ControllerSpec(path, chain)
         return component(cls, kind="Controller", name=name, requires=required)
 
     return decorate
@@ -75,9 +80,10 @@ class _Verb(Protocol):
 def _verb(method: str) -> _Verb:
     def decorator(path: str = "/", *, middlewares: Sequence[Any] = ()) -> Callable[[F], F]:
         _segments(path, f"@{method.capitalize()}")
+        chain = listed(middlewares, f"@{method.capitalize()}({path!r})")
 
         def decorate(function: F) -> F:
-            marks = (*getattr(function, "__asena_routes__", ()), _Mark(method, path, tuple(middlewares)))
+            marks = (*getattr(function, "__asena_routes__", ()), _Mark(method, path, chain))
             function.__asena_routes__ = marks  # type: ignore[attr-defined]  # an attribute of decorated methods only
             return function
 
@@ -126,6 +132,33 @@ def _marks(cls: type[Any]) -> Iterator[tuple[str, _Mark]]:
     for name, function in inspect.getmembers_static(cls):
         for mark in getattr(function, "__asena_routes__", ()):
             yield name, mark
+
+
+def _takes_context(cls: type[Any], name: str, mark: _Mark) -> None:
+    """Raise `ConfigurationError` for ``def get(self, id: int)``, which would get the context as its ``id``."""
+    function = inspect.getattr_static(cls, name)
+    if not inspect.isfunction(function):
+        return
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    first = parameters[0] if parameters else None
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        return
+    kind = first.annotation
+    if isinstance(kind, str):
+        kind = function.__globals__.get(kind, kind)
+    wrong = (
+        kind.__name__ in _NO_CONTEXT or issubclass(kind, BaseModel) if isinstance(kind, type) else kind in _NO_CONTEXT
+    )
+    if wrong or f"{{{first.name}}}" in _segments(mark.path, ""):
+        raise ConfigurationError(
+            f"{cls.__name__}.{name} would get the context as its parameter {first.name!r}: write "
+            f"def {name}(self, context), and take context.params[{first.name!r}] for a part of the path, "
+            f"context.query[{first.name!r}], or await context.get_body(Model)"
+        )
+
+
+# What nobody calls the type of a context: a parameter of the path or the query, or a body.
+_NO_CONTEXT = ("int", "str", "float", "bool", "bytes", "list", "dict", "UUID", "HTTPServerRequest")
 
 
 @dataclass(frozen=True, slots=True)

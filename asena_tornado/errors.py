@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+from pydantic import ValidationError
+
 __all__ = [
     "AsenaError",
     "BackpressureError",
@@ -16,11 +18,13 @@ __all__ = [
     "ConnectionClosed",
     "EncodeError",
     "HandshakeRefused",
+    "HookNameWarning",
     "InjectionError",
     "InvalidMessageError",
     "MiddlewareError",
     "NamespaceNotFoundError",
     "PortInUseError",
+    "RoomLimitError",
     "RoomNameError",
     "ServerStateError",
     "SocketClosedError",
@@ -41,6 +45,10 @@ class BackpressureError(AsenaError):
 
 class ConfigurationError(AsenaError, ValueError):
     """A decorator, an option or a combination of services that cannot work."""
+
+
+class HookNameWarning(UserWarning):
+    """A method's name is nearly that of a hook, which would then never be called."""
 
 
 class ServerStateError(AsenaError, RuntimeError):
@@ -64,7 +72,9 @@ class EncodeError(AsenaError, TypeError):
 class InvalidMessageError(AsenaError, ValueError):
     """A client's message is not what ``on_message`` asks for.
 
-    ``errors`` is a list of mappings in pydantic's form (``type``, ``loc``, ``msg``); ``raw`` is what came.
+    ``errors`` is a list of mappings in pydantic's form (``type``, ``loc``, ``msg``); ``raw`` is what came. At most
+    100 errors are listed; if there are more, a last entry of the type ``"more_errors"`` says how many. When a message
+    has over 5,000 values, only the first error of each list is looked for, and that entry says so.
     """
 
     def __init__(self, message: str, *, errors: Sequence[Mapping[str, Any]], raw: str | bytes) -> None:
@@ -79,7 +89,11 @@ class MiddlewareError(AsenaError, RuntimeError):
 
 
 class RoomNameError(AsenaError, ValueError):
-    """A room's name must be a non-empty string."""
+    """A room's name must be a non-empty string, of at most `WebSocketOptions.max_room_name_bytes`."""
+
+
+class RoomLimitError(AsenaError, RuntimeError):
+    """The socket is in as many rooms as it may be: `WebSocketOptions.max_rooms_per_socket`."""
 
 
 class SocketClosedError(AsenaError, RuntimeError):
@@ -113,7 +127,7 @@ class HandshakeRefused(AsenaError, ConnectionError):
 
     def __init__(self, url: str, status: int, body: str) -> None:
         shown = body if len(body) <= 500 else body[:500] + "…"
-        super().__init__(f"{url} refused the handshake with HTTP {status}{f': {shown}' if shown else ''}")
+        super().__init__(f"{shown_url(url)} refused the handshake with HTTP {status}{f': {shown}' if shown else ''}")
         self.url = url
         self.status = status
         self.body = body
@@ -177,3 +191,62 @@ def _no_task_runs() -> bool:
         return asyncio.current_task() is None
     except RuntimeError:
         return True
+
+
+# -- for texts: there may be a token in the query string of a URL, and a password in front of its host
+
+
+def shown_url(url: str) -> str:
+    """The URL without those two, such as ``ws://host/chat?…``."""
+    base, query, _ = url.partition("?")
+    scheme, separator, rest = base.partition("#")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    _, user, host = host.rpartition("@")
+    return f"{scheme}{separator}{'…@' if user else ''}{host}{slash}{path}{'?…' if query else ''}"
+
+
+# -- for our own logs and views: what others raise may quote a client's whole message
+
+_MAX_TEXT = 10_000  # characters
+_MANY = 100  # validation errors
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or what fits of it into ``limit`` characters, with an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def text_of(error: BaseException, limit: int = 500) -> str:
+    """What the error says, in at most ``limit`` characters."""
+    return shortened(_text(error)[0], limit)
+
+
+def bounded(error: BaseException) -> BaseException:
+    """The error as it may be logged: itself, or one of the same name and traceback whose text is cut."""
+    return _bounded(error, 20)
+
+
+def _bounded(error: BaseException, depth: int) -> BaseException:
+    """``depth``: how many errors that were raised while another was handled are looked at."""
+    text, whole = _text(error)
+    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    shown = None if behind is None or not depth else _bounded(behind, depth - 1)
+    if whole and len(text) <= _MAX_TEXT and shown is behind:
+        return error
+    kind = type(type(error).__name__, (Exception,), {"__module__": type(error).__module__})
+    stand_in: BaseException = kind(shortened(text, _MAX_TEXT)).with_traceback(error.__traceback__)
+    if error.__cause__ is not None:
+        stand_in.__cause__ = shown
+    else:
+        stand_in.__context__ = shown
+    return stand_in
+
+
+def _text(error: BaseException) -> tuple[str, bool]:
+    """What it says, and whether that is all: pydantic would write megabytes about thousands of errors."""
+    if isinstance(error, ValidationError) and error.error_count() > _MANY:
+        return f"{error.error_count()} validation errors for {error.title}", False
+    try:
+        return str(error), True
+    except Exception as second:  # an exception of the user's that cannot say what it is
+        return f"(its text raised {type(second).__name__})", True

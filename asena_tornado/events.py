@@ -10,11 +10,12 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from .errors import bounded, text_of
 from .messages import Message
 
 EventKind = Literal[
@@ -40,6 +41,10 @@ _FAILURES = 100  # of hooks, with their tracebacks
 _TRACEBACK = 8000  # characters of one that are kept: its end, where the error is
 _ERROR_LINE = 300  # characters of an error in one line
 _OWN_FILES = str(Path(__file__).parent)
+# What is kept of each sort of event, and of the rooms in one of them.
+_MAX_BYTES = 4 * 1024 * 1024
+_MAX_ROOM_BYTES = 16 * 1024
+_EVENT_SIZE, _STRING_SIZE = 250, 50  # bytes of each in memory, beside the characters
 # One order for the events of all namespaces.
 _numbers = itertools.count(1)
 
@@ -52,7 +57,8 @@ class Event(NamedTuple):
     (a client got too slow for its messages), "replaced" (new code took over), "gap" (messages of another node got
     lost), "away" and "back" (the other nodes cannot be reached, and can again).
     ``socket``: an id, or None when it is about no single one. ``rooms``: those concerned; of a closed socket, those
-    it was in. ``code``: of the close, or the HTTP status of a refusal. ``size``: bytes of the message.
+    it was in; of very many, those that come first, and ``detail`` says how many more there were. ``code``: of the
+    close, or the HTTP status of a refusal. ``size``: bytes of the message.
     ``detail``: a reason, an error, or the beginning of the message.
     """
 
@@ -114,8 +120,47 @@ class HandlerError(NamedTuple):
         return f"{self.at.astimezone():%H:%M:%S} {self.where} raised {self.error}"
 
 
+class _Ring:
+    """The latest events, as far as they fit into ``limit`` and into 4 MiB."""
+
+    __slots__ = ("_limit", "_lock", "_size", "events")
+
+    def __init__(self, limit: int) -> None:
+        self.events: deque[Event] = deque()
+        self._limit = limit
+        self._size = 0
+        self._lock = threading.Lock()  # a tap is filled on one thread and read on another
+
+    def append(self, event: Event) -> int:
+        """Keep one more; how many older ones had to go."""
+        gone = 0
+        with self._lock:
+            self.events.append(event)
+            self._size += _size(event)
+            while len(self.events) > self._limit or self._size > _MAX_BYTES:
+                self._size -= _size(self.events.popleft())
+                gone += 1
+        return gone
+
+    def popleft(self) -> Event:
+        """Take the oldest out."""
+        with self._lock:
+            event = self.events.popleft()
+            self._size -= _size(event)
+        return event
+
+
+def _size(event: Event) -> int:
+    """About how many bytes it takes."""
+    size = _EVENT_SIZE + 2 * len(event.detail)
+    for room in event.rooms:
+        size += _STRING_SIZE + len(room)
+    return size
+
+
 class EventLog:
-    """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept.
+    """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept, and at
+    most 4 MiB.
 
     What is rare (coming and going, rooms, errors) is always recorded. Messages are recorded only while somebody
     looks, which is ``watched``: the one thing that the way of every message has to ask.
@@ -138,8 +183,8 @@ class EventLog:
     def __init__(self, path: str, *, limit: int = 1000) -> None:
         self._path = path
         # Apart, so that traffic does not push out the last error.
-        self._story: deque[Event] = deque(maxlen=limit)
-        self._messages: deque[Event] = deque(maxlen=limit)
+        self._story = _Ring(limit)
+        self._messages = _Ring(limit)
         self._failures: deque[HandlerError] = deque(maxlen=_FAILURES)
         self._taps: tuple[weakref.ref[Tap], ...] = ()
         self._lock = threading.Lock()  # taps come and go on any thread
@@ -153,14 +198,14 @@ class EventLog:
         kind: EventKind,
         socket: str | None = None,
         *,
-        rooms: tuple[str, ...] = (),
+        rooms: Collection[str] = (),
         code: int | None = None,
         detail: str = "",
     ) -> None:
         """Remember it, and tell the taps."""
-        event = Event(
-            next(_numbers), time.time(), kind, self._path, socket, rooms, code, detail=_short(detail) if detail else ""
-        )
+        kept, more = _first(rooms)
+        detail = _short(detail) + more if detail else more.lstrip()
+        event = Event(next(_numbers), time.time(), kind, self._path, socket, kept, code, detail=detail)
         self._story.append(event)
         if self._taps:
             self._tell(event)
@@ -191,6 +236,7 @@ class EventLog:
         if self._may_record():
             payload = message.payload
             data = payload if message.opcode == 2 else payload[: 4 * _PREVIEW].decode(errors="ignore")
+            kept, more = _first(rooms)
             self._message(
                 Event(
                     next(_numbers),
@@ -198,11 +244,11 @@ class EventLog:
                     "sent",
                     self._path,
                     socket,
-                    rooms,
+                    kept,
                     None,
                     len(payload),
                     sockets,
-                    _preview(data),
+                    _preview(data) + more,
                 )
             )
 
@@ -265,7 +311,7 @@ class EventLog:
         """The last ``count`` events that are wanted and numbered above ``since``, oldest first."""
         found: list[Event] = []
         for ring in (self._story, self._messages):
-            picked = itertools.takewhile(lambda event: event.number > since, reversed(ring))
+            picked = itertools.takewhile(lambda event: event.number > since, reversed(ring.events))
             found += itertools.islice(filter(wanted, picked), count)
         return sorted(found)[-count:] if count > 0 else []
 
@@ -273,14 +319,14 @@ class EventLog:
 class Tap:
     """Events as they happen: ``async for event in tap``, on any loop, by one reader.
 
-    It never holds up the server: when the reader is behind by ``limit`` events, the oldest go. `dropped` counts
-    them, and the messages that came too fast to be recorded. Ends when the server stops, or with `close`.
+    It never holds up the server: when the reader is behind by ``limit`` events or 4 MiB, the oldest go. `dropped`
+    counts them, and the messages that came too fast to be recorded. Ends when the server stops, or with `close`.
     """
 
     def __init__(self, wanted: Callable[[Event], bool], *, limit: int = 1000) -> None:
         self.dropped = 0
         self._wanted = wanted
-        self._events: deque[Event] = deque(maxlen=limit)
+        self._events = _Ring(limit)
         self._logs: list[EventLog] = []
         self._closed = False
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
@@ -294,9 +340,7 @@ class Tap:
     def offer(self, event: Event) -> None:
         """For `EventLog`, on the server's loop: take the event if it is wanted."""
         if self._wanted(event):
-            if len(self._events) == self._events.maxlen:
-                self.dropped += 1
-            self._events.append(event)
+            self.dropped += self._events.append(event)
             self._wake()
 
     def close(self) -> None:
@@ -317,14 +361,14 @@ class Tap:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events:
+        while not self._events.events:
             if self._closed:
                 raise StopAsyncIteration
             loop = asyncio.get_running_loop()
             future: asyncio.Future[None] = loop.create_future()
             self._waiter = (loop, future)
             # It may have come before it could wake us.
-            if not self._events and not self._closed:
+            if not self._events.events and not self._closed:
                 await future
         return self._events.popleft()
 
@@ -336,12 +380,27 @@ class Tap:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        return f"<Tap {state}: {len(self._events)} events to read, {self.dropped} dropped>"
+        return f"<Tap {state}: {len(self._events.events)} events to read, {self.dropped} dropped>"
 
 
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def _first(rooms: Collection[str]) -> tuple[tuple[str, ...], str]:
+    """Those that are kept, and what to say of the others."""
+    if len(rooms) * _STRING_SIZE <= _MAX_ROOM_BYTES and sum(map(len, rooms)) <= _MAX_ROOM_BYTES // 2:
+        return tuple(rooms), ""
+    size = 0
+    kept: list[str] = []
+    for room in rooms:
+        size += _STRING_SIZE + len(room)
+        if size > _MAX_ROOM_BYTES:
+            break
+        kept.append(room)
+    left = len(rooms) - len(kept)
+    return tuple(kept), f" (and {left} more room{'' if left == 1 else 's'})" if left else ""
 
 
 def _preview(data: str | bytes) -> str:
@@ -352,12 +411,8 @@ def _preview(data: str | bytes) -> str:
 
 def one_line(error: BaseException) -> str:
     """The kind of error and what it says, in one line that is not too long."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception as second:  # somebody's own __str__
-        text = f"(and its text cannot be had: {type(second).__name__})"
-    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return line if len(line) <= _ERROR_LINE else line[: _ERROR_LINE - 1] + "…"
+    text = " ".join(text_of(error, _ERROR_LINE).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _raised_in(error: BaseException) -> str:
@@ -369,7 +424,7 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _traceback_of(error: BaseException) -> str:
-    whole = "".join(traceback.format_exception(error, limit=-30))
+    whole = "".join(traceback.format_exception(bounded(error), limit=-30))
     return whole if len(whole) <= _TRACEBACK else "…" + whole[-_TRACEBACK:]
 
 

@@ -9,17 +9,17 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from http.client import responses as phrases
+from types import TracebackType
 from typing import Any, TypeVar, overload
 from urllib.parse import urlsplit
 
-from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from .container import component
-from .errors import ConfigurationError, MiddlewareError, must_propagate
-from .messages import encode, validation_errors
+from .container import component, needs_self
+from .errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
+from .messages import Invalid, Validator, encode
 from .namespace import serving
 
 log = logging.getLogger("asena_tornado")
@@ -158,7 +158,7 @@ class Context:
         """The body, parsed as JSON: as a ``model`` (anything that pydantic can validate), or as it is.
 
         What is no JSON, or missing, is answered with 400; what ``model`` does not accept with 422 and pydantic's
-        errors. The bytes are ``context.req.body``.
+        errors, bounded as those of `InvalidMessageError` are. The bytes are ``context.req.body``.
         """
         body = self.req.body or b""
         if not body.strip():
@@ -166,12 +166,11 @@ class Context:
         try:
             if model is None:
                 return from_json(body, allow_inf_nan=False)
-            return _adapter(model).validate_json(body)
-        except ValidationError as invalid:
-            errors = validation_errors(invalid)
-            if errors[0]["type"] != "json_invalid":
-                raise Refusal(422, "the body is not valid", errors=errors) from None
-            message = errors[0]["msg"]
+            return _validator(model).json(body)
+        except Invalid as invalid:
+            if invalid.not_json is None:
+                raise Refusal(422, "the body is not valid", errors=invalid.errors) from None
+            message = invalid.not_json
         except ValueError as error:
             message = str(error)
         raise Refusal(400, f"the body is not JSON: {message}")
@@ -181,8 +180,8 @@ class Context:
 
 
 @functools.lru_cache(maxsize=64)
-def _adapter(model: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(model)
+def _validator(model: Any) -> Validator:
+    return Validator(model)
 
 
 def parse_query(request: HTTPServerRequest) -> dict[str, str | list[str]]:
@@ -268,8 +267,13 @@ def Middleware(name: Any = None) -> Any:
     def decorate(cls: C) -> C:
         if getattr(cls, "handle", None) in (None, MiddlewareService.handle):
             raise ConfigurationError(f"@Middleware() on {cls!r}: it needs a method handle(self, context, next)")
+        needs_self(cls, "handle")
         return component(cls, kind="Middleware", name=None if name is cls else name)
 
+    if inspect.isroutine(name):
+        raise ConfigurationError(
+            f"@Middleware goes above a class with handle(self, context, next), not the function {name.__name__}"
+        )
     return decorate(name) if isinstance(name, type) else decorate
 
 
@@ -353,7 +357,7 @@ class Chain:
         except BaseException as error:
             if must_propagate(error):
                 raise
-            log.exception("%s failed: %s", self._where, error)
+            log.error("%s failed: %s", self._where, text_of(error), exc_info=bounded(error))
             return make_response({"error": "internal error"}, 500)
         finally:
             serving.reset(token)
@@ -400,7 +404,33 @@ async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-class JsonHandler(RequestHandler):
+class DiscreetHandler(RequestHandler):
+    """A handler of whose requests Tornado logs no query string, in ``tornado.access`` or elsewhere.
+
+    There may be a token in it.
+    """
+
+    def _request_summary(self) -> str:
+        return f"{self.request.method} {self.request.path} ({self.request.remote_ip})"
+
+    def log_exception(
+        self, typ: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Without the request, whose repr has the whole address."""
+        if isinstance(value, HTTPError):
+            super().log_exception(typ, value, tb)
+        elif value is not None:
+            log.error("%s failed: %s", self._request_summary(), text_of(value), exc_info=bounded(value))
+
+    def decode_argument(self, value: bytes, name: str | None = None) -> str:
+        """Tornado would log what cannot be decoded."""
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise HTTPError(400, "%s is not UTF-8", name or "the address") from None
+
+
+class JsonHandler(DiscreetHandler):
     """Errors as JSON, without a traceback."""
 
     def allowed(self) -> str:

@@ -7,17 +7,32 @@ JSON once, with pydantic's serializer; numpy's arrays and numbers, which that do
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, NewType, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, to_json
 from typing_extensions import TypeAliasType
 
-from .errors import ConfigurationError, EncodeError, InvalidMessageError
+from .errors import ConfigurationError, EncodeError, InvalidMessageError, shortened
+
+log = logging.getLogger("asena_tornado")
 
 TEXT = 0x1
 BINARY = 0x2
 FIN = 0x80
+
+# Of what is wrong with one message or request, this much is told. Each error costs hundreds of bytes, and a wrong value
+# costs its sender two or three.
+MAX_ERRORS = 100
+_MAX_TEXT = 500  # characters of an error's message
+_MAX_KEY = 100  # characters of a key in an error's location, of which there are at most as many as:
+_MAX_DEPTH = 20
+# Input with more values than this is validated up to the first error of each list only.
+_MANY_VALUES = 5000
+_MANY_ERRORS = 5000  # to turn into Python objects, of which a hundred are kept
 
 # Codes a peer may put in a close frame (RFC 6455 §7.4 and the IANA registry).
 _CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014))
@@ -89,7 +104,7 @@ class Decoder:
     parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is checked, but no JSON.
     """
 
-    __slots__ = ("_adapter", "_raw", "_wants")
+    __slots__ = ("_raw", "_validator", "_wants")
 
     def __init__(self, annotation: Any = str) -> None:
         if annotation is inspect.Parameter.empty or annotation is Any or annotation is None:
@@ -98,33 +113,153 @@ class Decoder:
         parts = {_bare(part) for part in _parts(_bare(annotation))} - {type(None)}
         # The kinds of frame that are taken as they are.
         self._raw = tuple(parts) if parts <= {str, bytes} else None
-        self._adapter: TypeAdapter[Any] | None = None
+        self._validator: Validator | None = None
         if self._raw is None or not {*_parts(annotation)} <= {str, bytes, type(None)}:
             try:
-                self._adapter = TypeAdapter(annotation)
+                self._validator = Validator(annotation)
             except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
                 raise ConfigurationError(f"on_message cannot parse messages as {self._wants}: {error}") from error
 
     def decode(self, data: str | bytes) -> Any:
         """The value for a text (``str``) or binary (``bytes``) message; raises `InvalidMessageError`."""
-        raw, adapter = self._raw, self._adapter
+        raw, validator = self._raw, self._validator
         if raw is not None:
             if not isinstance(data, raw):
                 came, wanted = ("text", "binary") if isinstance(data, str) else ("binary", "text")
                 error = {"type": "frame_type", "loc": (), "msg": f"expected a {wanted} message, got a {came} one"}
                 raise InvalidMessageError(str(error["msg"]), errors=[error], raw=data)
-            if adapter is None:
+            if validator is None:
                 return data
-        assert adapter is not None
+        assert validator is not None
         try:
-            return adapter.validate_json(data) if raw is None else adapter.validate_python(data)
-        except ValidationError as invalid:
-            errors = validation_errors(invalid)
-            if errors and errors[0]["type"] == "json_invalid":
-                message = f"the message is not JSON: {errors[0]['msg']}"
+            return validator.json(data) if raw is None else validator.python(data)
+        except Invalid as invalid:
+            if invalid.not_json is not None:
+                message = f"the message is not JSON: {invalid.not_json}"
             else:
                 message = f"the message is not a valid {self._wants}"
-            raise InvalidMessageError(message, errors=errors, raw=data) from invalid
+            raise InvalidMessageError(message, errors=invalid.errors, raw=data) from invalid.__cause__
+
+
+class Invalid(Exception):
+    """Input that a `Validator` does not take. ``errors``: see `validation_errors`."""
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        super().__init__(f"{len(errors)} errors")
+        self.errors = errors
+
+    @property
+    def not_json(self) -> str | None:
+        """What is wrong with the syntax; None if it is JSON."""
+        first = self.errors[0]
+        return str(first["msg"]) if first["type"] == "json_invalid" else None
+
+
+class Validator:
+    """pydantic's validator of a type, for what clients send: what it says of invalid input is bounded.
+
+    Of input with very many values only the first error of each list is looked for, as every error that pydantic
+    collects costs a hundred times the bytes of a wrong value. Valid input is what it always is.
+    """
+
+    def __init__(self, annotation: Any) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+
+    def json(self, data: str | bytes) -> Any:
+        """The value of a JSON text; raises `Invalid`."""
+        many = _has_many_values(data)
+        try:
+            return (self._hasty if many else self._adapter).validate_json(data)
+        except ValidationError as error:
+            invalid = _invalid(error, _HASTY) if many else self._explained(error, data)
+        # Not in the handler: thousands of errors would live on as this one's context.
+        raise invalid
+
+    def python(self, value: object) -> Any:
+        """The value as the type; raises `Invalid`."""
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError as error:
+            invalid = _invalid(error)
+        raise invalid
+
+    def _explained(self, error: ValidationError, data: str | bytes) -> Invalid:
+        count = error.error_count()
+        if count > _MANY_ERRORS:
+            try:
+                self._hasty.validate_json(data)
+            except ValidationError as first:
+                return _invalid(first, f"{count} errors in all")
+        return _invalid(error)
+
+    @cached_property
+    def _hasty(self) -> SchemaValidator | TypeAdapter[Any]:
+        """The same, but each list, set, tuple and dict ends at its first error."""
+        schema = _failing_fast(self._adapter.core_schema)
+        # Else it takes models as pydantic has built them already, whose lists go on. It does so from 2.11 up to 2.12.
+        fresh: dict[str, Any] = (
+            {"_use_prebuilt": False} if "_use_prebuilt" in (SchemaValidator.__text_signature__ or "") else {}
+        )
+        try:
+            return SchemaValidator(schema, **fresh)
+        except SchemaError as error:
+            log.warning("every error of a large %r will be collected: %s", self._adapter, error)
+            return self._adapter
+
+
+_HASTY = "there may be more: in input with so many values, only the first error of each list is looked for"
+
+
+def _has_many_values(data: str | bytes) -> bool:
+    if len(data) <= 2 * _MANY_VALUES:
+        return False
+    # Each element and each pair is the first one behind a bracket, or it follows a comma.
+    if isinstance(data, str):
+        return data.count(",") + data.count("[") + data.count("{") > _MANY_VALUES
+    return data.count(b",") + data.count(b"[") + data.count(b"{") > _MANY_VALUES
+
+
+# Where pydantic's core schemas have further ones in them; elsewhere, such as in defaults, is anything.
+_SUBSCHEMAS = frozenset(
+    (
+        "arguments_schema",
+        "choices",
+        "definitions",
+        "extras_schema",
+        "fields",
+        "items_schema",
+        "json_schema",
+        "keys_schema",
+        "lax_schema",
+        "python_schema",
+        "schema",
+        "steps",
+        "strict_schema",
+        "values_schema",
+    )
+)
+_COLLECTIONS = frozenset(("list", "set", "frozenset", "tuple", "dict", "deque", "ordered-dict", "frozendict"))
+
+
+def _failing_fast(schema: Any) -> Any:
+    """A copy of a core schema whose collections stop at their first error; older pydantics do so but for dicts."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_failing_fast, schema))
+    if not isinstance(schema, Mapping):
+        return schema
+    if not isinstance(schema.get("type"), str):  # names, or tags, with a schema each
+        return {key: _failing_fast(value) for key, value in schema.items()}
+    copied = {key: _failing_fast(value) if key in _SUBSCHEMAS else value for key, value in schema.items()}
+    if schema["type"] in _COLLECTIONS:
+        copied["fail_fast"] = True
+    return copied
+
+
+def _invalid(error: ValidationError, more: str = "") -> Invalid:
+    invalid = Invalid(validation_errors(error, more=more))
+    if error.error_count() <= MAX_ERRORS:  # the text of thousands is megabytes
+        invalid.__cause__ = error
+    return invalid
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -151,12 +286,33 @@ def _shown(annotation: Any) -> str:
     return " or ".join(p.__name__ if isinstance(p, type) and not get_args(p) else str(p) for p in parts)
 
 
-def validation_errors(invalid: ValidationError) -> list[dict[str, Any]]:
-    """pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself."""
-    return [
-        {"type": e["type"], "loc": e["loc"], "msg": e["msg"]}
-        for e in invalid.errors(include_url=False, include_context=False, include_input=False)
-    ]
+def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[str, Any]]:
+    """pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
+
+    They are at most `MAX_ERRORS`, with long texts cut. Where there are more, or ``more`` says so, the last entry's
+    ``type`` is ``"more_errors"`` and its ``msg`` tells how many.
+    """
+    count = invalid.error_count()
+    errors: list[dict[str, Any]] = []
+    if count <= _MANY_ERRORS:
+        errors = [
+            {"type": e["type"], "loc": _location(e["loc"]), "msg": shortened(e["msg"], _MAX_TEXT)}
+            for e in invalid.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]
+        ]
+    left = count - len(errors)
+    if not errors:
+        more = f"{count} errors, too many to name any"
+    elif left and not more:
+        more = f"{left} more error{'' if left == 1 else 's'}"
+    if more:
+        errors.append({"type": "more_errors", "loc": (), "msg": more})
+    return errors
+
+
+def _location(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    if len(loc) > _MAX_DEPTH:
+        loc = (*loc[: _MAX_DEPTH - 1], "…")
+    return tuple(shortened(key, _MAX_KEY) if isinstance(key, str) else key for key in loc)
 
 
 _UNIONS = (Union, type(int | str))

@@ -9,19 +9,30 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from .errors import ConfigurationError, ServerStateError, SocketClosedError, must_propagate
+from .errors import (
+    ConfigurationError,
+    RoomLimitError,
+    ServerStateError,
+    SocketClosedError,
+    must_propagate,
+    text_of,
+)
 from .events import EventLog
 from .messages import Message, encode
 from .rooms import RoomIndex, RoomsView, check_room
 from .sockets import ReadyState, Socket
 
 if TYPE_CHECKING:
+    from .connection.connection import Connection
     from .options import WebSocketOptions
     from .service import Hooks
 
 log = logging.getLogger("asena_tornado")
 
 R = TypeVar("R")
+# A socket leaves so many rooms in one turn of the loop, which takes about a millisecond.
+_ROOMS_PER_TURN = 1000
+
 # Whose handler the current code runs for: a namespace, or a server for its middleware and controllers; else None.
 serving: ContextVar[object] = ContextVar("serving", default=None)
 
@@ -52,6 +63,8 @@ class FanOut(Protocol):
     ) -> None: ...
 
     def seal(self, members: Mapping[Socket, None]) -> None: ...
+
+    def settle(self, connection: Connection) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -159,6 +172,8 @@ class Namespace:
         self._everyone: dict[Socket[Any], None] = {}
         # Sockets that have left but whose on_close has not finished.
         self._leaving: dict[Socket[Any], None] = {}
+        # Those among them that are members of rooms yet, with the rooms to go.
+        self._withdrawing: dict[Socket[Any], list[str]] = {}
         self.sockets = SocketsView(self._by_id)
         self.rooms: RoomsView[Socket[Any]] = RoomsView(self.index)
         self._all_gone: list[Callable[[], None]] = []
@@ -196,7 +211,7 @@ class Namespace:
         Returns how many local sockets are addressed; from another thread, as seen at the time of the call. Where
         there are other nodes it is an `Addressed`.
         """
-        names = None if rooms is None else room_names(rooms)
+        names = None if rooms is None else self.room_names(rooms)
         message = encode(data)
         if self.link is not None:
             return self._publish_everywhere(self.link, names, message, exclude, origin)
@@ -242,6 +257,10 @@ class Namespace:
         return socket.ready_state is ReadyState.OPEN
 
     def _deliver(self, names: tuple[str, ...] | None, message: Message, excluded: frozenset[Socket] | None) -> int:
+        if self._withdrawing and names is not None:
+            for socket in self._withdrawing:  # they get nothing any more, nor are they counted
+                for room in names:
+                    self._take_out(socket, room)
         members = self._members(names)
         count = len(members)
         if excluded:
@@ -271,17 +290,34 @@ class Namespace:
 
     # -- rooms
 
+    def room_names(self, rooms: str | Iterable[str]) -> tuple[str, ...]:
+        """One room or several, as a tuple of names that rooms of this namespace may have. Raises `RoomNameError`."""
+        return room_names(rooms, self.options.max_room_name_bytes)
+
     def join(self, socket: Socket[Any], room: str) -> None:
         """Put the socket into the room, from any thread."""
-        check_room(room)
+        check_room(room, self.options.max_room_name_bytes)
         if self.link is not None:
             self.link.check(room)
         if socket.ready_state is not ReadyState.OPEN:
             raise SocketClosedError(f"socket {socket.id} is closed and cannot join {room!r}")
+        if self._is_full(socket, room):
+            raise RoomLimitError(f"socket {socket.id} cannot join {room!r}: {self._full()}")
         self.door.run(self._join, socket, room)
+
+    def _is_full(self, socket: Socket[Any], room: str) -> bool:
+        limit, rooms = self.options.max_rooms_per_socket, self.index.rooms_of(socket)
+        return limit is not None and len(rooms) >= limit and room not in rooms
+
+    def _full(self) -> str:
+        return f"it is in {self.options.max_rooms_per_socket} rooms (WebSocketOptions.max_rooms_per_socket)"
 
     def _join(self, socket: Socket[Any], room: str) -> None:
         if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
+            if self._is_full(socket, room):  # by what this thread, or another, had asked for before
+                log.error("%s did not join %r: %s", socket, room, self._full())
+                self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
+                return
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             if self.link is not None and not self.index.members(room):
                 self.link.join(self.path, room)
@@ -295,15 +331,14 @@ class Namespace:
 
     def _leave(self, socket: Socket[Any], room: str) -> None:
         if socket._left_rooms is not None:
-            socket._left_rooms -= {room}
+            socket._left_rooms.pop(room, None)
         elif room in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self._take_out(socket, room)
             self.events.record("left", socket.id, rooms=(room,))
 
     def _take_out(self, socket: Socket[Any], room: str) -> None:
-        self.index.leave(socket, room)
-        if self.link is not None and not self.index.members(room):
+        if self.index.leave(socket, room) and self.link is not None and not self.index.members(room):
             self.link.leave(self.path, room)
 
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
@@ -326,7 +361,7 @@ class Namespace:
             except BaseException as error:  # a validator may raise anything; the others must not suffer
                 if must_propagate(error):
                     raise
-                log.warning("%s: its values do not fit the new service: %s", socket, error)
+                log.warning("%s: its values do not fit the new service: %s", socket, text_of(error))
                 socket._connection.close(1012, "the service has changed: connect again")
             else:
                 socket.data = dataclasses.replace(socket.data, values=values)
@@ -341,22 +376,44 @@ class Namespace:
         self.events.record("connected", socket.id, detail=socket.remote_address)
 
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
-        """The socket is addressed no more; ``on_close`` has still to run."""
-        outbox = self.outbox
-        assert outbox is not None
-        socket._left_rooms = self.rooms_of(socket)
-        for room in socket._left_rooms:
-            outbox.seal(self.index.members(room))
-            self._take_out(socket, room)
-        outbox.seal(self._everyone)
+        """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
+        assert self.outbox is not None
+        # Of whatever has it among its members: one of its rooms, several, or everybody.
+        self.outbox.settle(socket._connection)
         del self._everyone[socket]
         del self._by_id[socket.id]
         self._leaving[socket] = None
-        self.events.record("closed", socket.id, rooms=tuple(socket._left_rooms), code=code, detail=reason)
+        rooms = socket._left_rooms = self.index.withdraw(socket)
+        self.events.record("closed", socket.id, rooms=rooms, code=code, detail=reason)
+        if rooms:
+            self._withdrawing[socket] = list(rooms)
+
+    def release_more(self, socket: Socket[Any]) -> bool:
+        """Take it out of a thousand of the rooms that it has yet to leave; whether there are more.
+
+        Meanwhile a room may show it, as a socket that is closing. Those that are in more rooms take turns.
+        """
+        rooms = self._withdrawing.get(socket)
+        if rooms is None:
+            return False
+        if len(rooms) > _ROOMS_PER_TURN and socket is not next(iter(self._withdrawing)):
+            return True
+        for room in rooms[-_ROOMS_PER_TURN:]:
+            self._take_out(socket, room)
+        del rooms[-_ROOMS_PER_TURN:]
+        if not rooms:
+            del self._withdrawing[socket]
+        return bool(rooms)
+
+    def is_releasing(self, socket: Socket[Any]) -> bool:
+        """Whether it has yet to leave some of its rooms."""
+        return socket in self._withdrawing
 
     def forget(self, socket: Socket[Any]) -> None:
         """``on_close`` has run: nothing of the socket is left."""
-        socket._left_rooms = frozenset()
+        for room in self._withdrawing.pop(socket, ()):  # where nobody has waited for it
+            self._take_out(socket, room)
+        socket._left_rooms = {}
         self._leaving.pop(socket, None)
         if self.empty:
             waiting, self._all_gone = self._all_gone, []
@@ -377,6 +434,7 @@ class Namespace:
         self._by_id.clear()
         self._everyone.clear()
         self._leaving.clear()
+        self._withdrawing.clear()
         self.index.clear()
 
     def abandon(self) -> None:
@@ -406,16 +464,16 @@ class Namespace:
         return f"<Namespace {self.path}: {len(self._by_id)} sockets, {len(self.rooms)} rooms>"
 
 
-def room_names(rooms: str | Iterable[str]) -> tuple[str, ...]:
-    """One room or several, as a tuple of names. Raises `RoomNameError`."""
+def room_names(rooms: str | Iterable[str], limit: int | None = None) -> tuple[str, ...]:
+    """One room or several, as a tuple of names of at most ``limit`` bytes. Raises `RoomNameError`."""
     if isinstance(rooms, str):
-        return (check_room(rooms),)
+        return (check_room(rooms, limit),)
     try:
         names = tuple(rooms)
     except TypeError:
         check_room(rooms)
         raise
-    return tuple(check_room(room) for room in names)
+    return tuple(check_room(room, limit) for room in names)
 
 
 def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:

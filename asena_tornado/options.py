@@ -23,6 +23,11 @@ class WebSocketOptions(BaseModel):
     max_sockets: Annotated[int, Field(ge=1)] | None = None
     """Sockets per namespace; one more is refused with HTTP 503 before the upgrade."""
 
+    max_rooms_per_socket: Annotated[int, Field(ge=1)] | None = 100_000
+    """Rooms that one socket may be in; joining one more raises `RoomLimitError`, and nothing else changes."""
+    max_room_name_bytes: Bytes = 1024
+    """Bytes of a room's name, as UTF-8; longer raises `RoomNameError`, to join as well as to send."""
+
     max_buffered_bytes: Bytes = 4 * 1024 * 1024
     """Bytes that may wait for a client that reads slowly. What is sent while nothing waits is always taken."""
     slow_client_policy: Literal["close", "drop"] = "close"

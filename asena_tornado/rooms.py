@@ -13,10 +13,18 @@ _NOBODY: dict[Any, None] = {}
 _NOWHERE: dict[str, None] = {}
 
 
-def check_room(room: object) -> str:
-    """The room's name, or `RoomNameError` when it is empty or no string."""
+def check_room(room: object, limit: int | None = None) -> str:
+    """The room's name, or `RoomNameError` when it is empty, no string, or over ``limit`` bytes long."""
     if isinstance(room, str) and room:
-        return room
+        if limit is None or 4 * len(room) <= limit:  # a character takes up to four bytes
+            return room
+        size = len(room) if room.isascii() else len(room.encode(errors="surrogatepass"))
+        if size <= limit:
+            return room
+        raise RoomNameError(
+            f"a room's name has at most {limit} bytes (WebSocketOptions.max_room_name_bytes), "
+            f"unlike {room[:20] + '…'!r} with {size}"
+        )
     what = "an empty string" if room == "" else f"{room!r} ({type(room).__name__})"
     raise RoomNameError(f"a room's name must be a non-empty string, not {what}")
 
@@ -47,11 +55,16 @@ class RoomIndex(Generic[Member]):
         del members[member]
         if not members:
             del self._members[room]
-        rooms = self._rooms[member]
-        del rooms[room]
-        if not rooms:
-            del self._rooms[member]
+        rooms = self._rooms.get(member)
+        if rooms is not None:  # else it is being withdrawn
+            rooms.pop(room, None)
+            if not rooms:
+                del self._rooms[member]
         return True
+
+    def withdraw(self, member: Member) -> dict[str, None]:
+        """The member's rooms, which it is not said to be in any more. It has still to `leave` each of them."""
+        return self._rooms.pop(member, {})
 
     def members(self, room: str) -> dict[Member, None]:
         """The room's members, live: not to be changed. Empty for a room that does not exist."""

@@ -165,6 +165,7 @@ class AsenaServer:
         self._stopped = asyncio.Event()
         self._failure: BaseException | None = None
         self._lifeline: Any = None
+        self._mounted: weakref.WeakSet[Application] = weakref.WeakSet()
         # Starting and stopping from several threads at once takes turns.
         self._lock = threading.RLock()
 
@@ -382,8 +383,13 @@ class AsenaServer:
 
         Components start on the application's loop: at once if it runs already, else with the first request; they
         stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
+        Raises `ConfigurationError` when this server is mounted there already, unless it can be started by that.
         """
-        app.add_handlers(r".*", self.routes())
+        if app not in self._mounted:
+            app.add_handlers(r".*", self.routes())
+            self._mounted.add(app)
+        elif self._state not in ("new", "stopped") or (self._state == "new" and running_loop() is None):
+            raise ConfigurationError("this server is mounted on this application already; once is enough")
         if self._state == "stopped":
             self._state = "new"
         if running_loop() is not None and self._state == "new":
@@ -895,7 +901,7 @@ async def _until_loop_ends(server: AsenaServer) -> Any:
 
 
 def _log_request(handler: Any) -> None:
-    log.debug("%s %s", handler.get_status(), handler.request.uri)
+    log.debug("%s %s", handler.get_status(), handler.request.path)  # there may be a token in the query
 
 
 _running: weakref.WeakSet[AsenaServer] = weakref.WeakSet()

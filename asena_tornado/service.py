@@ -13,6 +13,7 @@ from typing import (
     Any,
     ForwardRef,
     Generic,
+    Self,
     TypeVar,
     Union,
     get_args,
@@ -22,7 +23,7 @@ from typing import (
 from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
-from .container import component
+from .container import component, listed, needs_self
 from .errors import ConfigurationError, InvalidMessageError, ServerStateError
 from .messages import Decoder
 from .namespace import Exclude, Namespace, normalize_path
@@ -32,6 +33,16 @@ from .sockets import Socket, T
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
+_HOOKS = (
+    "on_open",
+    "on_message",
+    "on_close",
+    "on_error",
+    "on_invalid_message",
+    "on_drain",
+    "on_ping",
+    "on_pong",
+)
 # Said in the error for who comes from TypeScript, or from Tornado.
 _MISSPELT = {
     "onOpen": "on_open",
@@ -59,6 +70,16 @@ class AsenaWebSocketService(Generic[T]):
     """
 
     _namespace: Namespace | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            if cls is AsenaWebSocketService:
+                shown = ", ".join(getattr(each, "__name__", repr(each)) for each in args)
+                raise ConfigurationError(
+                    f"the type of ws.data.values goes into brackets: AsenaWebSocketService[{shown}], not (…)"
+                )
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        return super().__new__(cls)
 
     def _bound(self) -> Namespace:
         if self._namespace is None:
@@ -155,6 +176,7 @@ def WebSocket(
     if not isinstance(path, str):
         raise ConfigurationError('@WebSocket needs a path: @WebSocket("/chat")')
     normal = normalize_path(path)
+    chain = listed(middlewares, f"@WebSocket({path!r})")
     given_options: object = options  # whatever the annotation says
     if not isinstance(given_options, WebSocketOptions | None):
         raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
@@ -166,6 +188,8 @@ def WebSocket(
         for wrong, right in _MISSPELT.items():
             if wrong in vars(cls) and right not in vars(cls):
                 raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: here it is spelled {right}")
+        for hook in _HOOKS:  # before their parameters are looked at
+            needs_self(cls, hook)
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
         frame = sys._getframe(1)
         here = dict(frame.f_locals)
@@ -175,13 +199,13 @@ def WebSocket(
         spec = WebSocketSpec(
             normal,
             name or cls.__name__,
-            tuple(middlewares),
+            chain,
             options,
             _resolve(_values_type(cls), cls, here),
             _resolve(_message_annotation(cls), handler, nearby),
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
-        return component(cls, kind="WebSocket", name=name, requires=tuple(middlewares))
+        return component(cls, kind="WebSocket", name=name, requires=chain, hooks=_HOOKS)
 
     return decorate
 

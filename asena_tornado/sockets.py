@@ -27,7 +27,7 @@ class ReadyState(IntEnum):
     CLOSED = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SocketData(Generic[T]):
     """What is known of a client from its handshake.
 
@@ -40,6 +40,10 @@ class SocketData(Generic[T]):
     path: str
     query: Mapping[str, str | list[str]]
     values: T
+
+    def __repr__(self) -> str:
+        # Neither the query nor what was made of it: there may be a token in it.
+        return f"<SocketData {self.id[:8]} {self.path}: {type(self.values).__name__}>"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "values":  # an instance that is still being made or copied
@@ -70,7 +74,7 @@ class Socket(Generic[T]):
 
     def __init__(self, namespace: Namespace, data: SocketData[T], remote_address: str) -> None:
         self._namespace = namespace
-        self._left_rooms: frozenset[str] | None = None  # what on_close sees, once the socket has left its rooms
+        self._left_rooms: dict[str, None] | None = None  # what on_close sees, once the socket has left its rooms
         self.data = data
         self.remote_address = remote_address
 
@@ -93,7 +97,7 @@ class Socket(Generic[T]):
     def rooms(self) -> frozenset[str]:
         """The rooms it is in; in ``on_close``, those it was in."""
         if self._left_rooms is not None:
-            return self._left_rooms
+            return frozenset(self._left_rooms)
         return self._namespace.rooms_of(self)
 
     @property
@@ -108,7 +112,8 @@ class Socket(Generic[T]):
 
     def is_subscribed(self, room: str) -> bool:
         """Whether it is in the room."""
-        return room in self.rooms
+        rooms = self._left_rooms
+        return room in (self._namespace.index.rooms_of(self) if rooms is None else rooms)
 
     def send(self, data: object) -> bool:
         """Send to this client: str as text, bytes as binary, anything else as JSON.
@@ -126,7 +131,11 @@ class Socket(Generic[T]):
         return self._namespace.to(room, data, exclude=exclude, origin=self)
 
     def subscribe(self, room: str) -> None:
-        """Join the room. Raises `SocketClosedError` when the socket is closed, `RoomNameError` for a bad name."""
+        """Join the room.
+
+        Raises `SocketClosedError` when the socket is closed, `RoomNameError` for a bad name, and `RoomLimitError`
+        when it is in ``max_rooms_per_socket`` rooms already.
+        """
         self._namespace.join(self, room)
 
     def unsubscribe(self, room: str) -> None:

@@ -6,10 +6,20 @@ import asyncio
 import base64
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from tornado.web import Application
 
-from asena_tornado import AsenaServer, AsenaWebSocketService, Middleware, WebSocket, WebSocketOptions
+from asena_tornado import (
+    AsenaServer,
+    AsenaWebSocketService,
+    Controller,
+    Middleware,
+    Post,
+    WebSocket,
+    WebSocketOptions,
+)
 
 # Raw clients do not answer close frames: no server is to wait for that.
 OPTIONS = WebSocketOptions(close_timeout=0.05)
@@ -31,9 +41,16 @@ class Echo(AsenaWebSocketService):
         ws.send(message)
 
 
+@Controller("/controller")
+class Plain:
+    @Post()
+    def post(self, context):
+        return context.req.body
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[AsenaServer]:
-    with AsenaServer(Echo, port=0, options=OPTIONS) as server:
+    with AsenaServer(Echo, Plain, port=0, options=OPTIONS) as server:
         yield server
 
 
@@ -130,6 +147,68 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 )
 def test_a_handshake_that_breaks_the_rules_is_refused(server, wires, headers, more, expected):
     assert status(wires.dial(server).request("/echo", headers, more=more)) == expected
+
+
+# Of a body whose end is ambiguous, a proxy in front may think otherwise (RFC 9112 §6.3).
+AMBIGUOUS = {
+    "both": "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n",
+    "both, the other way": "Transfer-Encoding: chunked\r\nContent-Length: 3\r\n",
+    "two": "Content-Length: 3\r\nContent-Length: 4\r\n",
+    "two in one": "Content-Length: 3, 4\r\n",
+    "negative": "Content-Length: -3\r\n",
+    "signed": "Content-Length: +3\r\n",
+    "no number": "Content-Length: abc\r\n",
+    "nothing": "Content-Length: \r\n",
+    "underscore": "Content-Length: 1_0\r\n",
+    "another script's": "Content-Length: \xb3\r\n",
+    "unknown coding": "Transfer-Encoding: gzip, chunked\r\n",
+}
+
+
+def ask(wire, path: str, headers: str, body: str = "3\r\nabc\r\n0\r\n\r\n") -> bytes:
+    """The answer to a request with a body: a handshake, but for controllers."""
+    method = "POST" if path == "/controller" else "GET"
+    upgrade = (
+        f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {wire.KEY}\r\nSec-WebSocket-Version: 13\r\n"
+    )
+    host = "Host: localhost\r\n" + (upgrade if method == "GET" else "")
+    wire.write(f"{method} {path} HTTP/1.1\r\n{host}{headers}\r\n{body}".encode("latin-1"))
+    return wire.read_head()
+
+
+@pytest.mark.parametrize("headers", AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+@pytest.mark.parametrize("path", ["/echo", "/controller", "/nowhere"])
+def test_a_request_whose_end_is_ambiguous_is_refused(server, wires, path, headers):
+    wire = wires.dial(server)
+    assert status(ask(wire, path, headers)) == 400
+    assert b"HTTP/1.1" not in wire.rest()  # what follows is no request
+
+
+async def test_so_it_is_inside_a_tornado_application(wires):
+    app = Application()
+    mounted = AsenaServer(Echo, Plain).mount(app)
+    http = app.listen(0, "127.0.0.1")
+    (listener,) = http._sockets.values()
+    where = SimpleNamespace(port=listener.getsockname()[1])
+    for path in ("/echo", "/controller"):
+        for headers in (*AMBIGUOUS.values(), *(BODIES if path == "/echo" else ())):
+            body = "3\r\nabc\r\n0\r\n\r\n" if "chunked" in headers else "abc"
+            assert status(await asyncio.to_thread(ask, wires.dial(where), path, headers, body)) == 400
+    http.stop()
+    await mounted.aclose()
+
+
+BODIES = ("Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n")
+
+
+@pytest.mark.parametrize("header", BODIES)
+def test_a_handshake_has_no_body(server, wires, header):
+    body = "abc" if "Length" in header else "3\r\nabc\r\n0\r\n\r\n"
+    assert status(ask(wires.dial(server), "/echo", header, body)) == 400
+
+
+def test_a_body_of_no_bytes_is_none(server, wires):
+    wires.connect(server, "/echo", {"Content-Length": "0"}).echo()
 
 
 def test_what_version_is_spoken_is_told(server, wires):

@@ -221,7 +221,7 @@ async def test_a_reloaded_module_takes_over(
         "    def on_message(self, ws, message): ws.send('VERSION ' + message)\n"
     )
     (tmp_path / "said_service.py").write_text(source.replace("VERSION", "first"))
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     module = importlib.import_module("said_service")
     client = await connect(AsenaServer(module.Said, port=port).start(), "/said")

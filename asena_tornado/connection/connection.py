@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidMessageError, SocketClosedError, must_propagate
+from ..errors import InvalidMessageError, SocketClosedError, bounded, must_propagate
 from ..events import one_line
 from ..hosting import pass_interrupt_on
 from ..messages import BINARY, TEXT, Message, frame
@@ -456,6 +456,11 @@ class Connection:
         """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
         if self.state is ReadyState.OPEN:
             self._namespace.release(self.socket, self._code or 1006, self._reason)
+            self._release_rooms()
+
+    def _release_rooms(self) -> None:
+        if self._namespace.release_more(self.socket):
+            self._loop.call_soon(self._release_rooms)
 
     def _forget(self) -> None:
         """Once on_close has run and the TCP connection is gone too: whoever stops waits for both."""
@@ -537,11 +542,14 @@ class Connection:
 
     async def _run_on_close(self) -> None:
         hook = self._namespace.hooks.close
-        if hook is None:
+        if hook is None and not self._namespace.is_releasing(self.socket):
             return
         try:
+            while self._namespace.is_releasing(self.socket):  # noqa: ASYNC110  # every turn of the loop brings it on
+                await asyncio.sleep(0)
             async with asyncio.timeout(self._options.on_close_timeout):
-                await self._run(hook, self.socket, self._code or 1006, self._reason)
+                if hook is not None:
+                    await self._run(hook, self.socket, self._code or 1006, self._reason)
         except (TimeoutError, asyncio.CancelledError):
             log.error("%s: on_close did not finish within %s s", self.socket, self._options.on_close_timeout)
 
@@ -564,7 +572,7 @@ class Connection:
             log.info("%s: its client went away while a handler was running: %s", self.socket, error)
         else:
             failure = self._events.failed(self.socket.id, error)
-            log.error("%s raised %s (%s)", failure.where, failure.error, self.socket, exc_info=error)
+            log.error("%s raised %s (%s)", failure.where, failure.error, self.socket, exc_info=bounded(error))
         try:
             result = self._namespace.hooks.error(self.socket, error)
             if result is not None and isawaitable(result):
@@ -572,7 +580,7 @@ class Connection:
         except BaseException as second:
             if must_propagate(second):
                 raise
-            log.error("%s: on_error failed as well", self.socket, exc_info=second)
+            log.error("%s: on_error failed as well", self.socket, exc_info=bounded(second))
             self.close(1011, "internal error")
 
     def _note(self, error: BaseException) -> None:

@@ -41,6 +41,9 @@ from .outbox import Outbox
 log = logging.getLogger("asena_tornado")
 
 
+_LOGGED = 10  # validation errors in one line
+
+
 class Endpoint:
     """What the handshakes of one namespace need, on the loop that serves it."""
 
@@ -102,7 +105,17 @@ class Handshake:
         try:
             values = namespace.hooks.values(values, from_query=from_query)
         except ValidationError as invalid:
-            raise Refusal(400, f"invalid data for {namespace.path}", errors=validation_errors(invalid)) from None
+            errors = validation_errors(invalid)
+            if from_query:
+                raise Refusal(400, f"invalid data for {namespace.path}", errors=errors) from None
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the value'}: {e['msg']}" for e in errors[:_LOGGED])
+            log.error(
+                "%s: set_websocket_value(…) was given what does not fit %s, the type of ws.data.values: %s",
+                namespace.path,
+                invalid.title,
+                wrong,
+            )
+            raise Refusal(500, "internal error") from None
         except BaseException as error:  # raised by the user's own validators
             if must_propagate(error):
                 raise
@@ -160,6 +173,9 @@ class Handshake:
             )
         if headers.get("Sec-WebSocket-Version") != "13":
             raise Refusal(426, "only WebSocket version 13 is spoken here", headers={"Sec-WebSocket-Version": "13"})
+        # After the upgrade nobody would read it as such, and what a proxy takes for a body would be frames to us.
+        if "Transfer-Encoding" in headers or set(headers.get_list("Content-Length")) - {"0"}:
+            raise Refusal(400, "a WebSocket handshake has no body")
         keys = headers.get_list("Sec-WebSocket-Key")
         try:
             if len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16:

@@ -7,15 +7,14 @@ import json
 from html import escape
 from typing import Any
 
-from tornado.web import RequestHandler
-
+from ..http import DiscreetHandler
 from .view import STATIC, View
 
 _MAX_REQUEST = 1024 * 1024  # bytes
 _FILES = {"view.js": "text/javascript", "page.js": "text/javascript", "view.css": "text/css"}
 
 
-class _Handler(RequestHandler):
+class _Handler(DiscreetHandler):
     """Nothing may be embedded elsewhere, run inline, or be sent anywhere but back here."""
 
     def set_default_headers(self) -> None:

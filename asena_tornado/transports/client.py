@@ -11,7 +11,7 @@ from ..broker import BulkOperation, BulkResult, Ulak
 from ..errors import ServerStateError, TransportError, UlakError, UlakErrorCode
 from ..hosting import LoopDoor, LoopThread
 from ..messages import Message
-from ..namespace import normalize_path
+from ..namespace import normalize_path, room_names
 from .cluster import Cluster
 from .redis import RedisTransport
 
@@ -34,6 +34,9 @@ class _Elsewhere:
         for room in rooms:
             self.link.check(room)
         return self._publish(rooms, message)
+
+    def room_names(self, rooms: str | Iterable[str]) -> tuple[str, ...]:
+        return room_names(rooms)  # how long they may be, the servers know
 
     def in_(self, message: Message) -> int:
         return self._publish(None, message)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
 
-from ..errors import RoomNameError, TransportError, must_propagate
+from ..errors import RoomLimitError, RoomNameError, TransportError, must_propagate
 from ..messages import Message, valid_close_code
 from .contract import Transport
 from .envelope import (
@@ -53,6 +53,7 @@ _ANNOUNCED_TIMES = 3
 _REMEMBERED = 4096  # messages to several rooms, which may arrive once more through another channel
 _LOCATED = 10_000  # sockets of other nodes
 
+_REFUSED = "refused: "  # how the reply of a node begins that may not do what was asked
 _NODES = "nodes"  # the channel of every node; a namespace's begin with "/"
 
 
@@ -504,6 +505,8 @@ class Cluster:
         if not reply.done:
             self._located.pop(key, None)
             return None
+        if reply.error.startswith(_REFUSED):
+            raise RoomLimitError(reply.error.removeprefix(_REFUSED))
         return not reply.error
 
     async def _ask(
@@ -555,7 +558,10 @@ class Cluster:
             number, payload = self._described(request.path, request.limit)
             reply = Reply(id=request.id, done=True, total=number)
         else:
-            reply = self._do(request, body)
+            try:
+                reply = self._do(request, body)
+            except (RoomNameError, RoomLimitError) as error:
+                reply = Reply(id=request.id, done=True, error=_REFUSED + str(error))
         self._send(_node_channel(node), Kind.REPLY, to_json(reply), payload)
 
     def _reply(self, node: bytes, reply: Reply, body: bytes) -> None:

@@ -496,8 +496,14 @@ def _pool(url: str, timeout: float) -> ConnectionPool:
         # there the two kinds of connection need no telling apart of answers and pushed messages.
         return ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=timeout)
     except (ValueError, TypeError) as error:
+        # What it complains of may be a piece of a password with a slash in it.
+        why = (
+            "; of a password, what is no letter or number is written as %2F and the like"
+            if "@" in url
+            else f": {error}"
+        )
         raise ConfigurationError(
-            f"RedisTransport cannot use this URL: {error}. It looks like redis://[[user]:password@]host[:port], "
+            f"RedisTransport cannot use this URL{why}. It looks like redis://[[user]:password@]host[:port], "
             "rediss://… for TLS, or unix://path"
         ) from None
 
