@@ -152,8 +152,11 @@ def test_of_many_errors_a_hundred_are_told_and_how_many_more_there_are(server, w
 @pytest.mark.skipif(not PEAK.exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("where", ["/plain", "/nested", "/batch/body"])
 def test_four_megabytes_of_wrong_values_cost_little_and_are_answered_with_little(server, wires, where):
-    if where == "/nested" and pydantic.VERSION.startswith(("2.11.", "2.12.")):
-        pytest.skip("these take models as they have built them")
+    version = tuple(map(int, pydantic.VERSION.split(".")[:2]))
+    if version < (2, 12):
+        pytest.skip("its parser alone takes 300 bytes for []")
+    if version < (2, 13) and where == "/nested":
+        pytest.skip("it takes models inside models as it has built them")
     body = wrong(4 * MB)
     bystander = wires.connect(server, "/batch?ids=1")
     wire = wires.dial(server)
