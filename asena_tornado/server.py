@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args, overload
+from urllib.parse import urlsplit
 
 from tornado.httpserver import HTTPServer
 from tornado.web import Application
@@ -44,7 +45,7 @@ from .hosting import (
     switching,
     waking,
 )
-from .http import Origins, Refusal
+from .http import Hosts, Origins, Refusal
 from .inspector import Desk, Inspector, View, page_routes
 from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions
@@ -68,8 +69,13 @@ class AsenaServer:
     ``components``: classes (or instances) decorated with `WebSocket`, `Controller`, `Service`. ``port``: 0 picks a
     free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
     that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
-    such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
-    to a controller may have; a larger one is answered with 413. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+    such as ``"https://example.com"``; ``"*"`` matches anything. ``allowed_hosts``: names by which requests may call
+    the server (``Host``), such as ``"example.com"`` or ``"*.example.com"``, ports aside; others are answered with 421.
+    By default these are, on a loopback address, the loopback names, ``address`` and the host of ``public_url``, which
+    a list adds to: else a page that has its own name stand for this machine could talk to the server. On other
+    addresses, and mounted, it is any name, until a list is given. ``["*"]`` accepts any. ``max_body_size``: bytes that
+    the body of a request to a controller may have; a larger one is answered with 413. ``ssl_options``: an
+    ``ssl.SSLContext`` for TLS.
     ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
     ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
@@ -90,6 +96,7 @@ class AsenaServer:
         address: str | None = "localhost",
         options: WebSocketOptions | None = None,
         allowed_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] | None = None,
         max_body_size: int = 1024 * 1024,  # bytes
         ssl_options: ssl.SSLContext | None = None,
         public_url: str | None = None,
@@ -102,6 +109,8 @@ class AsenaServer:
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+        if isinstance(allowed_hosts, str):
+            raise ConfigurationError(f"allowed_hosts is a list: [{allowed_hosts!r}]")
         if not isinstance(options, WebSocketOptions | None):
             raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
         given: object = port  # whatever the annotation says
@@ -118,12 +127,14 @@ class AsenaServer:
         self._address = address
         self._options = options or WebSocketOptions()
         self._origins = Origins(allowed_origins)
+        self._hosts = Hosts(allowed_hosts)
         self._max_body_size = max_body_size
         self._site = Site(
             components,
             owner=self,
             options=self._options,
             origins=self._origins,
+            hosts=self._hosts,
             max_body_size=max_body_size,
             transport=transport,
             on_gap=on_gap,
@@ -362,9 +373,11 @@ class AsenaServer:
         """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
         site = self._site
         site.build()
-        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in site.namespaces]
+        hosts = self._hosts
+        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path), hosts) for path in site.namespaces]
         if self._inspector_path is not None:
-            routes += page_routes(self._inspector_path, View(self._desk, read_only=self._inspector_read_only))
+            view = View(self._desk, read_only=self._inspector_read_only)
+            routes += page_routes(self._inspector_path, view, hosts)
         return [*routes, site.controllers.rule] if site.controllers else routes
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
@@ -520,7 +533,7 @@ class AsenaServer:
                 default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
             )
             self._http = HTTPServer(
-                Front(app, self._site.endpoints.get),
+                Front(app, self._site.endpoints.get, self._hosts),
                 ssl_options=self._ssl,
                 idle_connection_timeout=self._options.handshake_timeout,
                 body_timeout=self._options.handshake_timeout,
@@ -528,7 +541,13 @@ class AsenaServer:
                 max_body_size=self._max_body_size,
             )
             self._http.add_sockets(self._listeners)
-            self._origins.allow(self._reach().origin)
+            found = self._reach()
+            self._origins.allow(found.origin)
+            self._hosts.serve(
+                (self._address, urlsplit(found.base).hostname),
+                listeners=[listener.getsockname()[0] for listener in self._listeners],
+                anywhere=found.anywhere,
+            )
         self._state = "running"
         _running.add(self)
 

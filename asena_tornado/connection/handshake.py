@@ -25,7 +25,7 @@ from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
 from ..hosting import beside, hold, random_bytes
-from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, parse_query
+from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
 from ..options import WebSocketOptions
@@ -213,9 +213,10 @@ class Front(HTTPServerConnectionDelegate):
     it would cost.
     """
 
-    def __init__(self, app: HTTPServerConnectionDelegate, find: Callable[[str], Endpoint | None]) -> None:
+    def __init__(self, app: HTTPServerConnectionDelegate, find: Callable[[str], Endpoint | None], hosts: Hosts) -> None:
         self.app = app
         self.find = find
+        self.hosts = hosts
 
     def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         """Called by the HTTP server for each request."""
@@ -240,6 +241,13 @@ class _FrontRequest(HTTPMessageDelegate):
     ) -> Awaitable[None] | None:
         assert isinstance(start_line, RequestStartLine)
         endpoint = self._front.find(start_line.path.partition("?")[0])
+        try:
+            self._front.hosts.check(headers.get("Host", "localhost"))  # without one it is HTTP/1.0, or refused below
+        except Answered as answered:
+            # What is no host at all is an error of its own, and raised by this.
+            request = HTTPServerRequest(connection=self._conn, start_line=start_line, headers=headers)
+            self._refuse(endpoint, request, answered.response)
+            return None
         if endpoint is None:
             self._app = self._front.app.start_request(self._server_conn, self._conn)
             return self._app.headers_received(start_line, headers)
@@ -265,8 +273,9 @@ class _FrontRequest(HTTPMessageDelegate):
         else:
             handshake.upgrade(self._conn.detach())  # type: ignore[attr-defined]  # an HTTP/1 connection has it
 
-    def _refuse(self, endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
-        _refused(endpoint, request, response)
+    def _refuse(self, endpoint: Endpoint | None, request: HTTPServerRequest, response: Response) -> None:
+        if endpoint is not None:
+            _refused(endpoint, request, response)
         self._response = response
         self._head_only = request.method == "HEAD"
 
@@ -293,14 +302,16 @@ class _FrontRequest(HTTPMessageDelegate):
 class HandshakeHandler(JsonHandler, WebSocketHandler):
     """A handshake inside somebody's Tornado application. It ends with the upgrade: the `Connection` lives on alone."""
 
-    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
+    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts) -> None:
         self._find_endpoint = endpoint
+        self._hosts = hosts
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
         endpoint = None
         try:
             endpoint = await self._find_endpoint()
+            self._hosts.check(self.request.host)
             handshake = Handshake(endpoint, self.request)
             await handshake.ask_middleware()
             handshake.accept()
@@ -392,9 +403,11 @@ def _take_over(stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes)
     return plain, received
 
 
-def websocket_routes(path: str, endpoint: Callable[[], Awaitable[Endpoint]]) -> tuple[str, type, dict[str, Any]]:
+def websocket_routes(
+    path: str, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts
+) -> tuple[str, type, dict[str, Any]]:
     """The route of a namespace, for a `tornado.web.Application`."""
-    return (re.escape(path), HandshakeHandler, {"endpoint": endpoint})
+    return (re.escape(path), HandshakeHandler, {"endpoint": endpoint, "hosts": hosts})
 
 
 __all__ = ["Endpoint", "Front", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
