@@ -21,12 +21,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args, overload
 from urllib.parse import urlsplit
 
-from tornado.httpserver import HTTPServer
 from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Front, websocket_routes
+from .connection import Endpoint, Front, FrontServer, websocket_routes
 from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError
 from .hosting import (
@@ -155,7 +154,7 @@ class AsenaServer:
         self._hosting: Hosting | None = None
         self._door: LoopDoor | None = None
         self._thread: LoopThread | None = None
-        self._http: HTTPServer | None = None
+        self._http: FrontServer | None = None
         self._listeners: list[sockets.socket] = []
         self._retiring: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -497,7 +496,7 @@ class AsenaServer:
         remains = await self._site.take_over(old._site, old._door)
         # Nor does anything wait from here on: what listens and who is asked change along with the site.
         self._door, self._port = old._door, old._port
-        # Duplicates, because a Tornado server closes the sockets that it stops listening on.
+        # Duplicates, because a server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
         self._desk = old._desk.pass_to(self)
         self._listen()
@@ -510,7 +509,7 @@ class AsenaServer:
         _running.discard(old)
         self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
 
-    async def _retire(self, old: AsenaServer, http: HTTPServer | None, remains: Remains) -> None:
+    async def _retire(self, old: AsenaServer, http: FrontServer | None, remains: Remains) -> None:
         """What is left of the old server."""
         before, old._retiring = old._retiring, None
         if before is not None:
@@ -532,7 +531,7 @@ class AsenaServer:
                 default_handler_class=ControllerHandler,
                 default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
             )
-            self._http = HTTPServer(
+            self._http = FrontServer(
                 Front(app, self._site.endpoints.get, self._hosts),
                 ssl_options=self._ssl,
                 idle_connection_timeout=self._options.handshake_timeout,
@@ -721,7 +720,7 @@ class AsenaServer:
         return f"<div>{html.escape(repr(self))}{table}{f'<small>{html.escape(note)}</small>' if note else ''}</div>"
 
 
-async def _close_http(http: HTTPServer) -> None:
+async def _close_http(http: FrontServer) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
             await http.close_all_connections()

@@ -6,12 +6,14 @@ import asyncio
 import base64
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterable
 from http.client import responses
 from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
+from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
     HTTPHeaders,
@@ -22,9 +24,10 @@ from tornado.httputil import (
     ResponseStartLine,
 )
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.netutil import ssl_wrap_socket
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
-from ..hosting import beside, hold, random_bytes
+from ..hosting import Acceptor, beside, hold, random_bytes
 from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
@@ -227,6 +230,42 @@ class Front(HTTPServerConnectionDelegate):
         self.app.on_close(server_conn)
 
 
+class FrontServer(HTTPServer):
+    """Tornado's HTTP server for a `Front`, but for how it accepts connections."""
+
+    _acceptor: Acceptor | None = None
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept what comes to these sockets, and close them with `stop`. Called once."""
+        listeners = tuple(sockets)
+        try:
+            self._acceptor = Acceptor(asyncio.get_running_loop(), listeners, self._receive)
+        except NotImplementedError:  # Windows' own loop; Tornado lends it a selector, on a thread
+            super().add_sockets(listeners)
+
+    def stop(self) -> None:
+        """Accept no more. What is connected goes on."""
+        if self._acceptor is not None:
+            self._acceptor.stop()
+            self._acceptor = None
+        super().stop()
+
+    def _receive(self, connection: socket.socket, address: Any) -> None:
+        stream: IOStream
+        if self.ssl_options is None:
+            stream = IOStream(connection)
+        else:
+            try:
+                connection.getpeername()  # which the wrapper asks too late to close what it has made
+                secured = ssl_wrap_socket(connection, self.ssl_options, server_side=True, do_handshake_on_connect=False)
+            except OSError as error:
+                log.debug("a connection was gone before its TLS handshake: %s", error)
+                connection.close()
+                return
+            stream = SSLIOStream(secured)
+        self.handle_stream(stream, address)
+
+
 class _FrontRequest(HTTPMessageDelegate):
     def __init__(self, front: Front, server_conn: object, request_conn: HTTPConnection) -> None:
         self._front = front
@@ -410,4 +449,4 @@ def websocket_routes(
     return (re.escape(path), HandshakeHandler, {"endpoint": endpoint, "hosts": hosts})
 
 
-__all__ = ["Endpoint", "Front", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
+__all__ = ["Endpoint", "Front", "FrontServer", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]

@@ -2,12 +2,13 @@
 
 from .held import hold, random_bytes
 from .kernel import in_cell, waking
-from .listen import listen
+from .listen import Acceptor, listen
 from .loops import LoopDoor, LoopKind, LoopThread, beside, in_empty_context, new_event_loop, run_nested, running_loop
 from .reachability import Reach, reach
 from .switching import switching
 
 __all__ = [
+    "Acceptor",
     "LoopDoor",
     "LoopKind",
     "LoopThread",
