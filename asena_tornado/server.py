@@ -501,8 +501,8 @@ class AsenaServer:
         self._desk = old._desk.pass_to(self)
         self._listen()
         old_http, old._http, old._listeners = old._http, None, []
-        if old_http is not None:
-            old_http.stop()
+        if old_http is not None and self._http is not None:
+            self._http.inherit(old_http)
         old._state = "replaced"
         switching.release(old)
         old._stopped.set()
@@ -516,7 +516,7 @@ class AsenaServer:
             await before
         await self._site.bury(remains)
         if http is not None:
-            await _close_http(http)
+            await http.front.dismiss()
         old._door = None
 
     def _listen(self) -> None:

@@ -67,7 +67,7 @@ class Endpoint:
 class Handshake:
     """One handshake, whoever has parsed the request: checks, middleware, values, upgrade."""
 
-    __slots__ = ("_client", "_endpoint", "_key", "_query", "_request", "_values")
+    __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_values")
 
     def __init__(self, endpoint: Endpoint, request: HTTPServerRequest) -> None:
         """Check the request. Raises `Refusal`."""
@@ -80,6 +80,8 @@ class Handshake:
         # What becomes ws.data.values, and whether it came from the query string.
         self._values: tuple[Any, bool] = (self._query, True)
         self._client: Socket[Any] | None = None
+        self._limit: asyncio.Timeout | None = None
+        self._hurried = False
 
     async def ask_middleware(self) -> None:
         """Run what is in front of the upgrade. Raises `Answered` with the response when it does not let pass."""
@@ -88,13 +90,22 @@ class Handshake:
             return
         context = Context(self._request, query=self._query)
         try:
-            async with asyncio.timeout(endpoint.options.handshake_timeout):
+            async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
                 response = await endpoint.middleware.run(context, _admit)
         except TimeoutError:
-            raise Refusal(503, "the handshake took too long", headers={"Retry-After": 1}) from None
+            why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
+            raise Refusal(503, why, headers={"Retry-After": 1}) from None
+        finally:
+            self._limit = None
         if response is not None:
             raise Answered(response)
         self._values = context.websocket_value(self._query)
+
+    def hurry(self) -> None:
+        """Middleware has had all the time there is."""
+        if self._limit is not None and not self._limit.expired():
+            self._hurried = True
+            self._limit.reschedule(self._endpoint.loop.time())
 
     def accept(self) -> None:
         """The last checks. Raises `Refusal`; afterwards `upgrade` cannot fail but for a client that is gone."""
@@ -220,6 +231,8 @@ class Front(HTTPServerConnectionDelegate):
         self.app = app
         self.find = find
         self.hosts = hosts
+        # Handshakes that middleware thinks about; each future is done with its answer.
+        self.asking: dict[Handshake, asyncio.Future[None]] = {}
 
     def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         """Called by the HTTP server for each request."""
@@ -229,11 +242,46 @@ class Front(HTTPServerConnectionDelegate):
         """Called by the HTTP server when a connection ends."""
         self.app.on_close(server_conn)
 
+    def give_way(self, successor: Front) -> None:
+        """Have another one's answers from now on."""
+        self.app, self.find, self.hosts = successor.app, successor.find, successor.hosts
+
+    async def dismiss(self) -> None:
+        """Have every handshake answered, with 503 where middleware has not decided yet."""
+        for handshake in self.asking:
+            handshake.hurry()
+        if self.asking:
+            # Not for ever: middleware may go on though it was cancelled.
+            await asyncio.wait(tuple(self.asking.values()), timeout=0.5)
+
+
+class _Stream(IOStream):
+    """Counts what the system took, so that it can be told who reads slowly from who reads nothing."""
+
+    written = 0
+    stuck: tuple[int, float] | None = None  # at how much, since when
+
+    def write_to_fd(self, data: memoryview) -> int:
+        """As in `IOStream`."""
+        size = super().write_to_fd(data)
+        self.written += size
+        return size
+
+
+class _SecureStream(_Stream, SSLIOStream):
+    pass
+
 
 class FrontServer(HTTPServer):
-    """Tornado's HTTP server for a `Front`, but for how it accepts connections."""
+    """Tornado's HTTP server for a `Front`, but for how it accepts connections and how it ends them.
+
+    A client that takes nothing of its answer for as long as a request may take to arrive is cut off. Who waits for
+    an answer to a handshake when everything is closed is answered before.
+    """
 
     _acceptor: Acceptor | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _predecessors: tuple[FrontServer, ...] = ()
 
     def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
         """Accept what comes to these sockets, and close them with `stop`. Called once."""
@@ -253,7 +301,7 @@ class FrontServer(HTTPServer):
     def _receive(self, connection: socket.socket, address: Any) -> None:
         stream: IOStream
         if self.ssl_options is None:
-            stream = IOStream(connection)
+            stream = _Stream(connection)
         else:
             try:
                 connection.getpeername()  # which the wrapper asks too late to close what it has made
@@ -262,8 +310,61 @@ class FrontServer(HTTPServer):
                 log.debug("a connection was gone before its TLS handshake: %s", error)
                 connection.close()
                 return
-            stream = SSLIOStream(secured)
+            stream = _SecureStream(secured)
         self.handle_stream(stream, address)
+        if self._timer is None:
+            self._watch()
+
+    def on_close(self, server_conn: object) -> None:
+        """Called when a connection ends, or is a WebSocket from now on."""
+        super().on_close(server_conn)
+        if not self._connections and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _watch(self) -> None:
+        patience = self.conn_params.header_timeout or 3600
+        self._timer = asyncio.get_running_loop().call_later(max(0.02, patience / 4), self._sweep, patience)
+
+    def _sweep(self, patience: float) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in tuple(self._connections):
+            stream = connection.stream
+            if not isinstance(stream, _Stream):
+                continue  # Tornado accepted it
+            if not stream.writing():
+                stream.stuck = None
+            elif stream.stuck is None or stream.stuck[0] != stream.written:
+                stream.stuck = stream.written, now
+            elif now - stream.stuck[1] >= patience:
+                log.info("%s is cut off: it takes nothing of its answer", connection.context)
+                # With a reset, or the system would go on offering it what it has taken.
+                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                stream.close()
+        self._watch()
+
+    @property
+    def front(self) -> Front:
+        """What answers."""
+        front = self.request_callback
+        assert isinstance(front, Front)
+        return front
+
+    def inherit(self, old: FrontServer) -> None:
+        """Answer from now on what comes in on connections of a server that stops: they may have just been made."""
+        old.stop()
+        old.front.give_way(self.front)
+        self._predecessors = tuple(each for each in (*old._predecessors, old) if each._connections)
+        old._predecessors = ()
+        for each in self._predecessors:
+            each.front.give_way(self.front)
+
+    async def close_all_connections(self) -> None:
+        """Close every connection, and wait until each has ended."""
+        for each in self._predecessors:
+            await each.close_all_connections()
+        await self.front.dismiss()
+        await super().close_all_connections()
 
 
 class _FrontRequest(HTTPMessageDelegate):
@@ -274,6 +375,7 @@ class _FrontRequest(HTTPMessageDelegate):
         self._app: HTTPMessageDelegate | None = None
         self._response: Response | None = None
         self._head_only = False
+        self._asking: Handshake | None = None
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
@@ -304,6 +406,8 @@ class _FrontRequest(HTTPMessageDelegate):
         return None
 
     async def _ask(self, handshake: Handshake, endpoint: Endpoint, request: HTTPServerRequest) -> None:
+        self._asking = handshake
+        self._front.asking[handshake] = endpoint.loop.create_future()
         try:
             await handshake.ask_middleware()
             handshake.accept()
@@ -311,6 +415,12 @@ class _FrontRequest(HTTPMessageDelegate):
             self._refuse(endpoint, request, answered.response)
         else:
             handshake.upgrade(self._conn.detach())  # type: ignore[attr-defined]  # an HTTP/1 connection has it
+            self._answered()
+
+    def _answered(self) -> None:
+        if self._asking is not None:
+            self._front.asking.pop(self._asking).set_result(None)
+            self._asking = None
 
     def _refuse(self, endpoint: Endpoint | None, request: HTTPServerRequest, response: Response) -> None:
         if endpoint is not None:
@@ -332,8 +442,10 @@ class _FrontRequest(HTTPMessageDelegate):
             body = None if self._head_only else response.body
             self._conn.write_headers(start_line, response.headers, body)
             self._conn.finish()
+            self._answered()
 
     def on_connection_close(self) -> None:
+        self._answered()
         if self._app is not None:
             self._app.on_connection_close()
 
