@@ -35,7 +35,7 @@ from ..options import WebSocketOptions
 from ..sockets import Socket, SocketData
 from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
-from .deflate import Deflate, DeflateParameters, negotiate
+from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
 from .keepalive import Keepalive
 from .outbox import Outbox
 
@@ -61,6 +61,7 @@ class Endpoint:
         self.origins = origins
         self.middleware = middleware
         self.keepalive = Keepalive(loop, namespace.options)
+        self.inflation = InflationQueue(loop)
         self.closing = False  # no more handshakes are taken
 
 
@@ -149,6 +150,7 @@ class Handshake:
             options=options,
             outbox=endpoint.outbox,
             keepalive=endpoint.keepalive,
+            inflation=endpoint.inflation,
             deflate=deflate,
         )
         connection.start(received)
