@@ -20,7 +20,7 @@ from tornado.web import stream_request_body
 
 from .container import component, listed, needs_self
 from .errors import ConfigurationError
-from .http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, answer_to, make_response
+from .http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, answer_to, make_response
 
 log = logging.getLogger("asena_tornado")
 C = TypeVar("C", bound=type[Any])
@@ -180,11 +180,18 @@ class Controllers(Matcher):
     """Every route of a server's controllers, as one rule of a `tornado.web.Application`."""
 
     def __init__(
-        self, owner: object, *, origins: Origins, max_body_size: int, ready: Callable[[], Awaitable[object]]
+        self,
+        owner: object,
+        *,
+        origins: Origins,
+        hosts: Hosts,
+        max_body_size: int,
+        ready: Callable[[], Awaitable[object]],
     ) -> None:
         """``owner``: the server. ``max_body_size``: bytes. ``ready`` is awaited first, and may raise a `Refusal`."""
         self._owner = owner
         self._origins = origins
+        self._hosts = hosts
         self._ready = ready
         self._routes: dict[int, list[_Route]] = {}  # by how many parts the path has
         self._requests: set[asyncio.Task[Any]] = set()
@@ -257,6 +264,7 @@ class Controllers(Matcher):
         return response
 
     async def _answer(self, request: HTTPServerRequest, origin: str | None) -> Response:
+        self._hosts.check(request.host)
         routes, parts = self.find(request.path)
         methods = _by_method(routes)
         if request.method == "OPTIONS":

@@ -6,8 +6,10 @@ import asyncio
 import fnmatch
 import functools
 import inspect
+import ipaddress
 import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from http.client import responses as phrases
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -232,6 +234,77 @@ class Origins:
         except ValueError:
             return False
         return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == host.lower()
+
+
+class Hosts:
+    """The names by which requests may call the server, in their header ``Host``.
+
+    A page elsewhere can have its own name stand for this machine (DNS rebinding). To the browser, and to `Origins`,
+    it is then of the server's own origin; only the name tells.
+    """
+
+    def __init__(self, allowed: Sequence[str] | None) -> None:
+        """``allowed``: names or patterns; None leaves it to `serve`."""
+        for name in allowed or ():
+            given: object = name  # whatever the annotation says
+            if not isinstance(given, str) or not _hostname(name) or "/" in name:
+                raise ConfigurationError(f'a host is written like "example.com" or "*.example.com", not {name!r}')
+        self._allowed = None if allowed is None else tuple(map(_hostname, allowed))
+        self._own: frozenset[str] = frozenset()
+        self._restricted = allowed is not None
+
+    def serve(self, own: Iterable[str | None], *, listeners: Iterable[str], anywhere: bool) -> None:
+        """Say what is served: under its ``own`` names, on the addresses of its ``listeners``.
+
+        Unless a list was given, that is restricted on loopback addresses, but not when browsers may come from
+        ``anywhere`` by names that cannot be known.
+        """
+        self._own = frozenset(_hostname(name) for name in own if name)
+        self._restricted = self._allowed is not None or (not anywhere and all(map(is_loopback, listeners)))
+
+    def check(self, host: str) -> None:
+        """Refuse a request to a host that is not accepted; ``host`` may have a port."""
+        if not self._restricted or self._accepts(_hostname(host)):
+            return
+        name = repr(host if len(host) <= 100 else host[:99] + "…")
+        log.warning("refused a request to the host %s", name)
+        raise Refusal(
+            421, f"the host {name} is not accepted here; to accept it: AsenaServer(..., allowed_hosts=[{name}])"
+        )
+
+    def _accepts(self, name: str) -> bool:
+        # No page from elsewhere can use a loopback name: browsers ask nobody what it stands for.
+        if name in self._own or is_loopback(name):
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allowed or ())
+
+
+_BRACKETED = re.compile(r"\[([0-9a-f:.]+)\](?::\d*)?")
+
+
+def _hostname(host: str) -> str:
+    """The name or address without a port, in the one form that all its spellings share."""
+    host = host.lower()
+    bracketed = _BRACKETED.fullmatch(host)
+    if bracketed is not None:
+        host = bracketed[1]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    host = host.removesuffix(".")
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it names this very machine: ``localhost`` and what is below it, ``127.0.0.0/8``, ``::1``."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
 
 
 # -- middleware

@@ -39,7 +39,8 @@ class WebSocketOptions(BaseModel):
     """The same in bytes."""
 
     handshake_timeout: Seconds = 10.0
-    """Seconds in which the handshake has to arrive, and again in which middleware has to answer."""
+    """Seconds in which the handshake has to arrive, and again in which middleware has to answer. The server's
+    own also hold for HTTP: for a request to arrive, and for a client that reads nothing of its answer to be cut off."""
     ping_interval: Seconds | None = 20.0
     """Seconds between pings."""
     ping_timeout: Seconds | None = 20.0

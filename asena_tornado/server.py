@@ -22,13 +22,13 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args, overload
+from urllib.parse import urlsplit
 
-from tornado.httpserver import HTTPServer
 from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
-from .connection import Endpoint, Front, quarter_of_memory, websocket_routes
+from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
 from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
@@ -48,7 +48,7 @@ from .hosting import (
     switching,
     waking,
 )
-from .http import Origins, Refusal
+from .http import Hosts, Origins, Refusal
 from .inspector import Desk, Inspector, View, page_routes
 from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions
@@ -74,10 +74,15 @@ class AsenaServer:
     ``components``: classes (or instances) decorated with `WebSocket`, `Controller`, `Service`. ``port``: 0 picks a
     free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
     that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
-    such as ``"https://example.com"``; ``"*"`` matches anything. ``max_body_size``: bytes that the body of a request
-    to a controller may have; a larger one is answered with 413. ``max_buffered_bytes``: what may wait in all, for
-    clients to take it and for handlers, bytes that many wait for counted once; past it the slowest clients are cut off
-    (1013). By default a quarter of the memory there is. ``ssl_options``: an ``ssl.SSLContext`` for TLS.
+    such as ``"https://example.com"``; ``"*"`` matches anything. ``allowed_hosts``: names by which requests may call
+    the server (``Host``), such as ``"example.com"`` or ``"*.example.com"``, ports aside; others are answered with 421.
+    By default these are, on a loopback address, the loopback names, ``address`` and the host of ``public_url``, which
+    a list adds to: else a page that has its own name stand for this machine could talk to the server. On other
+    addresses, and mounted, it is any name, until a list is given. ``["*"]`` accepts any. ``max_body_size``: bytes that
+    the body of a request to a controller may have; a larger one is answered with 413. ``max_buffered_bytes``: what may
+    wait in all, for clients to take it and for handlers, bytes that many wait for counted once; past it the slowest
+    clients are cut off (1013). By default a quarter of the memory there is. ``ssl_options``: an ``ssl.SSLContext`` for
+    TLS.
     ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
     ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
     ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
@@ -98,6 +103,7 @@ class AsenaServer:
         address: str | None = "localhost",
         options: WebSocketOptions | None = None,
         allowed_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] | None = None,
         max_body_size: int = 1024 * 1024,  # bytes
         max_buffered_bytes: int | None = None,
         ssl_options: ssl.SSLContext | None = None,
@@ -111,6 +117,8 @@ class AsenaServer:
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+        if isinstance(allowed_hosts, str):
+            raise ConfigurationError(f"allowed_hosts is a list: [{allowed_hosts!r}]")
         if not isinstance(options, WebSocketOptions | None):
             raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
         given: object = port  # whatever the annotation says
@@ -130,12 +138,14 @@ class AsenaServer:
         self._address = address
         self._options = options or WebSocketOptions()
         self._origins = Origins(allowed_origins)
+        self._hosts = Hosts(allowed_hosts)
         self._max_body_size = max_body_size
         self._site = Site(
             components,
             owner=self,
             options=self._options,
             origins=self._origins,
+            hosts=self._hosts,
             max_body_size=max_body_size,
             max_buffered_bytes=max_buffered_bytes or quarter_of_memory(),
             transport=transport,
@@ -157,7 +167,7 @@ class AsenaServer:
         self._hosting: Hosting | None = None
         self._door: LoopDoor | None = None
         self._thread: LoopThread | None = None
-        self._http: HTTPServer | None = None
+        self._http: FrontServer | None = None
         self._listeners: list[sockets.socket] = []
         self._retiring: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
@@ -401,9 +411,11 @@ class AsenaServer:
         """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
         site = self._site
         site.build()
-        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path)) for path in site.namespaces]
+        hosts = self._hosts
+        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path), hosts) for path in site.namespaces]
         if self._inspector_path is not None:
-            routes += page_routes(self._inspector_path, View(self._desk, read_only=self._inspector_read_only))
+            view = View(self._desk, read_only=self._inspector_read_only)
+            routes += page_routes(self._inspector_path, view, hosts)
         return [*routes, site.controllers.rule] if site.controllers else routes
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
@@ -552,34 +564,34 @@ class AsenaServer:
             raise
         # Nor does anything wait from here on: what listens and who is asked change along with the site.
         self._door, self._port = old._door, old._port
-        # Duplicates, because a Tornado server closes the sockets that it stops listening on.
+        # Duplicates, because a server closes the sockets that it stops listening on.
         self._listeners = [listener.dup() for listener in old._listeners]
         self._desk.pass_to(self)
         self._listen(http)
         old_http, old._http, old._listeners = old._http, None, []
-        if old_http is not None:
-            old_http.stop()
+        if old_http is not None and self._http is not None:
+            self._http.inherit(old_http)
         old._state = "replaced"
         switching.release(old)
         old._stopped.set()
         _running.discard(old)
         self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
 
-    async def _retire(self, old: AsenaServer, http: HTTPServer | None, remains: Remains) -> None:
+    async def _retire(self, old: AsenaServer, http: FrontServer | None, remains: Remains) -> None:
         """What is left of the old server."""
         before, old._retiring = old._retiring, None
         if before is not None:
             await before
         await self._site.bury(remains)
         if http is not None:
-            await _close_http(http)
+            await http.front.dismiss()
         old._door = None
 
     def _check_address(self) -> None:
         """Raise `ConfigurationError` for a ``public_url`` that is none: while there is still nothing to undo."""
         reach(self._wanted_port, "", template=self._public_url)
 
-    def _make_http(self) -> HTTPServer:
+    def _make_http(self) -> FrontServer:
         """Everything about HTTP that could fail; it does not listen yet."""
         app = Application(
             self.routes(),
@@ -587,8 +599,8 @@ class AsenaServer:
             default_handler_class=ControllerHandler,
             default_handler_args={"controllers": None, "max_body_size": self._max_body_size},
         )
-        return HTTPServer(
-            Front(app, lambda path: self._site.endpoints.get(path)),
+        return FrontServer(
+            Front(app, lambda path: self._site.endpoints.get(path), self._hosts),
             ssl_options=self._ssl,
             idle_connection_timeout=self._options.handshake_timeout,
             body_timeout=self._options.handshake_timeout,
@@ -596,7 +608,7 @@ class AsenaServer:
             max_body_size=self._max_body_size,
         )
 
-    def _listen(self, http: HTTPServer | None) -> None:
+    def _listen(self, http: FrontServer | None) -> None:
         """From here on clients are let in. Nothing of this fails."""
         if beside():
             switching.request(self, self._switch_interval)
@@ -605,7 +617,13 @@ class AsenaServer:
         if http is not None:
             self._http = http
             http.add_sockets(self._listeners)
-            self._origins.allow(self._reach().origin)
+            found = self._reach()
+            self._origins.allow(found.origin)
+            self._hosts.serve(
+                (self._address, urlsplit(found.base).hostname),
+                listeners=[listener.getsockname()[0] for listener in self._listeners],
+                anywhere=found.anywhere,
+            )
         self._state = "running"
         _running.add(self)
 
@@ -884,7 +902,7 @@ def _turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
         lock.release()
 
 
-async def _close_http(http: HTTPServer) -> None:
+async def _close_http(http: FrontServer) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
             await http.close_all_connections()

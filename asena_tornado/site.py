@@ -15,7 +15,7 @@ from .container import Container, component_of
 from .controllers import Controllers
 from .errors import ConfigurationError
 from .hosting import LoopDoor
-from .http import Chain, Origins
+from .http import Chain, Hosts, Origins
 from .inspector import SocketSnapshot
 from .namespace import Namespace, serving
 from .options import WebSocketOptions
@@ -50,6 +50,7 @@ class Site:
         owner: object,
         options: WebSocketOptions,
         origins: Origins,
+        hosts: Hosts,
         max_body_size: int,
         max_buffered_bytes: int,
         transport: Transport | None,
@@ -68,6 +69,7 @@ class Site:
         self._owner = owner
         self._options = options
         self._origins = origins
+        self._hosts = hosts
         self._max_body_size = max_body_size
         self._max_buffered_bytes = max_buffered_bytes
         self._until_running = until_running
@@ -108,7 +110,11 @@ class Site:
 
     def _no_controllers(self) -> Controllers:
         return Controllers(
-            self._owner, origins=self._origins, max_body_size=self._max_body_size, ready=self._until_running
+            self._owner,
+            origins=self._origins,
+            hosts=self._hosts,
+            max_body_size=self._max_body_size,
+            ready=self._until_running,
         )
 
     def _instances(self, middlewares: Sequence[Any]) -> list[Any]:

@@ -273,6 +273,45 @@ def test_holding_and_releasing_anywhere_changes_only_when_messages_come(sent, st
     assert events == expected
 
 
+@given(_messages(), st.lists(st.tuples(st.integers(0), st.booleans(), st.integers(0, 3000)), max_size=20))
+def test_inflating_bit_by_bit_changes_only_when_messages_come(sent, steps):
+    stream, expected = sent
+    events = Events()
+    deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
+    parser = FrameParser(events, max_message_size=10**6, inflater=deflate)
+    chunks = cut(stream, [place for place, _, _ in steps])
+    for chunk, (_, hold, allowance) in zip(chunks, cycle(steps or [(0, False, 0)]), strict=False):
+        parser.allowance = allowance
+        parser.inflate()
+        if hold:
+            parser.held = True
+        else:
+            parser.release()
+        parser.feed(chunk)
+        assert events == expected[: len(events)]
+        assert parser.waiting or not parser.inflating
+    parser.release()
+    while parser.inflating:
+        parser.allowance = 1
+        parser.inflate()
+        parser.go_on()
+    assert events == expected
+
+
+def test_what_is_discarded_is_not_inflated_and_the_close_frame_behind_it_comes():
+    events = Events()
+    deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
+    parser = FrameParser(events, max_message_size=LIMIT, inflater=deflate)
+    parser.allowance = 0
+    parser.feed(frame(TEXT, deflated(b"begun"), rsv=4) + frame(PING, b"1"))
+    assert parser.inflating
+    assert events == []
+    parser.discard()
+    parser.go_on()
+    parser.feed(frame(TEXT, deflated(b"another"), rsv=4) + frame(TEXT, b"\xff\xff\xff", rsv=4) + frame(CLOSE))
+    assert events == [("ping", b"1"), ("close", 1005, "")]
+
+
 _frames = st.builds(
     frame,
     st.sampled_from([0, 0, 1, 1, 2, 8, 9, 10, 3, 11]),

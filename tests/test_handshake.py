@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -29,8 +30,11 @@ OPTIONS = WebSocketOptions(close_timeout=0.05)
 class Gate:
     """Keeps who asks to wait."""
 
+    asked = threading.Semaphore(0)
+
     async def handle(self, context, next):
         if context.query.get("wait"):
+            self.asked.release()
             await asyncio.Event().wait()
         return await next()
 
@@ -352,3 +356,59 @@ def test_a_client_that_goes_while_middleware_thinks_leaves_nothing(wires):
         wire.reset()
         wires.connect(server, "/gated").echo()
         assert len(server.namespaces["/gated"].sockets) == 1
+
+
+# -- when the server stops or starts anew
+
+
+@WebSocket("/gated", middlewares=[Gate], options=OPTIONS)
+class Gated(Echo):
+    pass
+
+
+def waiting(wires, server):
+    """A client whose handshake the middleware thinks about, for as long as there is time."""
+    while Gate.asked.acquire(blocking=False):
+        continue  # those of other tests
+    wire = wires.dial(server)
+    wire.write(
+        b"GET /gated?wait=1 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + KEY.encode() + b"\r\n\r\n"
+    )
+    assert Gate.asked.acquire(timeout=10)
+    return wire
+
+
+def test_a_handshake_that_middleware_thinks_about_when_the_server_stops_is_503(wires):
+    server = AsenaServer(Gated, port=0).start()
+    wire = waiting(wires, server)
+    server.stop()
+    head = wire.read_head()
+    assert status(head) == 503
+    assert b"\r\nretry-after: 1\r\n" in head.lower()
+    assert b"the server stops" in wire.rest()
+
+
+def test_one_that_it_thinks_about_during_a_re_run_is_answered(wires):
+    with AsenaServer(Gated, port=0) as old:
+        wire = waiting(wires, old)
+        with AsenaServer(Gated, port=old.port) as new:
+            assert status(wire.read_head()) == 503
+            wires.connect(new, "/gated").echo()
+
+
+def test_connections_without_a_request_are_served_by_what_takes_over_as_often_as_that_happens(wires):
+    with contextlib.ExitStack() as running:
+        server = running.enter_context(AsenaServer(Echo, port=0, options=OPTIONS))
+        fresh, used, later = (wires.dial(server) for _ in range(3))
+        assert status(used.request("/elsewhere")) == 404
+        used._need(len(b'{"error":"not found"}'))
+        used._take(len(b'{"error":"not found"}'))
+        for _ in range(3):
+            server = running.enter_context(AsenaServer(Echo, port=server.port, options=OPTIONS))
+        for wire in (fresh, used):
+            assert status(wire.request("/echo")) == 101
+            wire.echo()
+        assert len(server.namespaces["/echo"].sockets) == 2
+        server.stop()
+        assert later.rest() == b""

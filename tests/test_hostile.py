@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, WebSocketOptions
+from asena_tornado.connection.deflate import Deflate
 
 LIMIT = 256 * 1024
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
@@ -434,3 +435,83 @@ def test_a_flood_from_another_thread_stops_nobody(server, wires):
     finally:
         done.set()
         thread.join()
+
+
+class _Turns:
+    """Measures the longest turn of a server's loop, in seconds of its thread's work."""
+
+    def __init__(self, server: AsenaServer) -> None:
+        self.longest = 0.0
+        self._server = server
+        self._measuring = True
+        server.call(self._begin)
+
+    def _begin(self) -> None:
+        self._before = time.thread_time()
+        asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        now = time.thread_time()
+        self.longest = max(self.longest, now - self._before)
+        if self._measuring:
+            self._begin()
+
+    def stop(self) -> float:
+        self._measuring = False
+        self._server.call(lambda: None)
+        return self.longest
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_clients_that_send_large_compressed_messages_all_at_once_take_turns(wires, pieces):
+    """Each is 16 KB on the wire, 16 MB inflated, and 40 ms of work."""
+    received = threading.Semaphore(0)
+
+    @WebSocket("/large", options=WebSocketOptions(compression=True, close_timeout=0.05))
+    class Large(AsenaWebSocketService):
+        def on_message(self, ws, message: bytes):
+            assert message == expected
+            received.release()
+
+    expected = bytes(16 * 1024 * 1024)
+    payload = deflated(expected)
+    with AsenaServer(Echo, Large, port=0) as server:
+        clients = [wires.connect(server, "/large", DEFLATE) for _ in range(10)]
+        bystander = Bystander(wires.connect(server, "/echo"))
+        sent = threading.Event()
+        message = wires.made[0].frame(2, payload, rsv=4)
+        if pieces == 2:  # as what ends a frame is parsed elsewhere than what begins one
+            for wire in clients:
+                wire.write(message[:1000])
+            bystander.served()
+        assert server._door is not None
+        server._door.loop.call_soon_threadsafe(sent.wait)
+        for wire in clients:
+            wire.write(message[1000 if pieces == 2 else 0 :] + message)
+        sent.set()
+        turns = _Turns(server)
+        for _ in range(10):
+            bystander.served()
+        for _ in range(2 * len(clients)):
+            assert received.acquire(timeout=30)
+        assert turns.stop() < 0.2
+
+
+def test_what_comes_after_the_server_has_closed_is_not_inflated(wires, monkeypatch):
+    inflated = []
+    inflating = Deflate.inflating
+
+    def counted(self, data, limit):
+        inflated.append(len(data))
+        return inflating(self, data, limit)
+
+    monkeypatch.setattr(Deflate, "inflating", counted)
+    with AsenaServer(Echo, port=0, options=WebSocketOptions(compression=True)) as server:
+        wire = wires.connect(server, "/echo", DEFLATE)
+        wire.write(wire.frame(1, deflated(b"close"), rsv=4))
+        assert wire.close_code() == 1000
+        bomb = wire.frame(2, deflated(bytes(1_000_000)), rsv=4)
+        wire.write(bomb * 100)
+        wire.close()
+        assert wire.rest() == b""
+        assert len(inflated) == 1

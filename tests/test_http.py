@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import json
 import logging
+import select
+import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, assert_type
 
 import pytest
+import trustme
 from pydantic import BaseModel, field_validator
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.web import Application, HTTPError, RequestHandler
@@ -925,12 +929,53 @@ async def test_a_body_that_is_too_large_is_413_however_it_is_sent() -> None:
 async def test_a_body_far_too_large_is_not_read_to_its_end() -> None:
     async with AsenaServer(Items, port=0, max_body_size=10) as server:
         reader, writer = await asyncio.open_connection("localhost", server.port)
-        writer.write(b"PUT /items/raw HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        writer.write(b"PUT /items/raw HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert answer.count(b"HTTP/1.1") == 1
         writer.close()
         await writer.wait_closed()
+
+
+@Controller("/large")
+class Large:
+    SIZE = 20_000_000
+
+    @Get()
+    def read(self) -> bytes:
+        return bytes(self.SIZE)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(wires: Any, secure: bool) -> None:
+    authority = trustme.CA()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(tls)
+    client_side = ssl.create_default_context()
+    authority.configure_trust(client_side)
+    options = WebSocketOptions(handshake_timeout=0.2)
+    with AsenaServer(Large, port=0, options=options, ssl_options=tls if secure else None) as server:
+        wire = wires.dial(server, tls=client_side if secure else None, receive_buffer=4096)
+        wire.write(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        poll = select.poll()
+        poll.register(wire.sock.fileno(), select.POLLHUP)
+        assert poll.poll(10_000)
+        assert len(wire.rest()) < Large.SIZE
+        assert not server.call(lambda: server._site.controllers._requests)
+
+
+def test_one_that_reads_slowly_gets_it_all(wires: Any) -> None:
+    options = WebSocketOptions(handshake_timeout=0.2)
+    with AsenaServer(Large, port=0, options=options) as server:
+        wire = wires.dial(server, receive_buffer=4096)
+        began = time.monotonic()
+        wire.write(b"GET /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        received = len(wire.read_head()) and len(wire._take(len(wire._received)))
+        while data := wire.sock.recv(20_000):
+            received += len(data)
+            server.call(lambda: None)  # which is slow enough
+        assert received == Large.SIZE
+        assert time.monotonic() - began > 0.2
 
 
 async def test_a_handler_that_raises_is_a_logged_500_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:

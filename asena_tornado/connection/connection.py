@@ -18,13 +18,14 @@ from ..messages import BINARY, TEXT, Message, frame
 from ..namespace import serving
 from ..sockets import ReadyState
 from .channel import Channel
-from .deflate import Deflate
+from .deflate import INFLATED_AT_ONCE, Deflate
 from .frames import CLOSE, PING, PONG, FrameParser, ProtocolError
 
 if TYPE_CHECKING:
     from ..namespace import Namespace
     from ..options import WebSocketOptions
     from ..sockets import Socket
+    from .deflate import InflationQueue
     from .keepalive import Keepalive
     from .outbox import Outbox
 
@@ -51,6 +52,7 @@ class Connection:
         "_grace_timer",
         "_inbox",
         "_inbox_size",
+        "_inflation",
         "_keepalive",
         "_limit",
         "_loop",
@@ -97,6 +99,7 @@ class Connection:
         options: WebSocketOptions,
         outbox: Outbox,
         keepalive: Keepalive,
+        inflation: InflationQueue,
         deflate: Deflate | None = None,
     ) -> None:
         self._loop = loop
@@ -107,6 +110,7 @@ class Connection:
         self._options = options
         self._outbox = outbox
         self._keepalive = keepalive
+        self._inflation = inflation
         self.deflate = deflate
         self._parser = FrameParser(self, max_message_size=options.max_message_size, inflater=deflate)
         self._inbox: deque[str | bytes] = deque()
@@ -153,6 +157,8 @@ class Connection:
         parser = self._parser
         if parser.closed:
             return
+        if self.deflate is not None:
+            parser.allowance = INFLATED_AT_ONCE
         try:
             parser.feed(data)
         except ProtocolError as error:
@@ -160,6 +166,8 @@ class Connection:
         else:
             if parser.waiting:
                 self.channel.pause()
+                if parser.inflating:
+                    self._inflation.add(self)
 
     def message_received(self, data: str | bytes) -> None:
         """A whole message, for the inbox."""
@@ -236,6 +244,7 @@ class Connection:
         self._leave()
         self.state = ReadyState.CLOSED
         self._lost = True
+        self._parser.discard()
         if self._close_timer is not None:
             self._close_timer.cancel()
             self._close_timer = None
@@ -372,6 +381,7 @@ class Connection:
         self._code, self._reason = code, reason
         self._inbox.clear()
         self._inbox_size = 0
+        self._parser.discard()
         self._send_close(code.to_bytes(2, "big") + reason.encode())
         if patience is not None:
             self._set_close_timer(min(patience, self._options.close_timeout))
@@ -613,14 +623,34 @@ class Connection:
 
     def _release(self) -> None:
         """The inbox is empty again: parse what was held back, and read on."""
+        self._parser.held = False
+        self._parser.allowance = INFLATED_AT_ONCE
+        self.parse_on()
+
+    def inflate(self, allowance: int) -> int:
+        """Go on inflating a large message; for `InflationQueue`."""
+        parser = self._parser
+        parser.allowance = allowance
         try:
-            self._parser.release()
+            parser.inflate()
+        except ProtocolError as error:
+            self._after_messages(self._fail, error)
+            return allowance
+        left, parser.allowance = parser.allowance, 0
+        return left
+
+    def parse_on(self) -> None:
+        """Parse what waited, and read on."""
+        try:
+            self._parser.go_on()
         except ProtocolError as error:
             self._after_messages(self._fail, error)
             return
         self._resume()
 
     def _resume(self) -> None:
+        if self._parser.inflating:
+            self._inflation.add(self)
         if self._parser.waiting:
             return
         with contextlib.suppress(OSError):

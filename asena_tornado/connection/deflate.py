@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import zlib
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..messages import Message, frame
 from .frames import ProtocolError
@@ -14,6 +17,14 @@ _TOKEN = re.compile(r"^[!#$%&'*+\-.^_`|~0-9A-Za-z]+$")
 _MAX_OFFERS = 16
 # Each final block in a message costs a copy of what follows it; nobody but an attacker needs more than one.
 _MAX_STREAMS = 32
+
+_STEP = 64 * 1024  # bytes that are inflated in one go
+_PIECE = 16 * 1024  # bytes of compressed data that are taken at once
+# Bytes that one chunk of a connection may become at once, and those for everybody's larger messages in one turn of
+# the loop: each is less than a few milliseconds.
+INFLATED_AT_ONCE = 64 * 1024
+INFLATED_PER_TURN = 1024 * 1024
+_PER_MESSAGE = 512  # bytes that could have been inflated while a message was handed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,27 +153,95 @@ class Deflate:
         data = compressor.compress(message.payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
         return frame(message.opcode, data[:-4], rsv1=True)
 
-    def inflate(self, data: bytes, limit: int) -> bytes:
-        """Undo the client's compression; `ProtocolError` 1009 past ``limit`` bytes, 1007 when it is broken."""
+    def inflating(self, data: bytes, limit: int) -> Generator[int, None, bytes]:
+        """Undo the client's compression, in steps that each yield how many bytes they made.
+
+        `ProtocolError` 1009 past ``limit`` bytes, 1007 when the data is broken.
+        """
         stream = self._decompressor or self._new_decompressor()
-        rest = data + _TAIL
-        plain = b""
+        source = data + _TAIL
+        at, end = 0, len(source)
+        rest = b""  # of what was taken of the source
+        parts: list[bytes] = []
+        size = 0
+        streams = 1
         try:
-            for _ in range(_MAX_STREAMS):
+            while True:
+                if not rest:
+                    # Not all at once: what a step leaves is copied.
+                    rest = source[at : at + _PIECE]
+                    at += len(rest)
                 # One byte more than allowed tells a bomb from a message of exactly the limit.
-                plain += stream.decompress(rest, limit + 1 - len(plain))
-                if len(plain) > limit:
+                wanted = min(_STEP, limit + 1 - size)
+                plain = stream.decompress(rest, wanted)
+                size += len(plain)
+                if size > limit:
                     raise ProtocolError(1009, f"message longer than {limit} bytes")
-                if not stream.eof:
-                    break
-                # A block with BFINAL ends the stream; what follows it starts afresh (RFC 7692 §7.2.3.4).
-                rest, stream = stream.unused_data, self._new_decompressor()
-                if len(rest) <= len(_TAIL):
-                    break
-            else:
-                raise ProtocolError(1008, "too many final blocks in one message")
+                parts.append(plain)
+                if stream.eof:
+                    # A block with BFINAL ends the stream; what follows it starts afresh (RFC 7692 §7.2.3.4).
+                    rest, stream = stream.unused_data, self._new_decompressor()
+                    if len(rest) + end - at <= len(_TAIL):
+                        break
+                    streams += 1
+                    if streams > _MAX_STREAMS:
+                        raise ProtocolError(1008, "too many final blocks in one message")
+                else:
+                    rest = stream.unconsumed_tail
+                    # All of the source may be taken and not yet be all there is: the step was only so long.
+                    if not rest and at == end and len(plain) < wanted:
+                        break
+                yield len(plain)
         except zlib.error as error:
             raise ProtocolError(1007, "broken compressed data") from error
         if self._decompressor is not None:
             self._decompressor = stream
-        return plain
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class Inflates(Protocol):
+    """Who has a message that is inflated bit by bit."""
+
+    def inflate(self, allowance: int) -> int:
+        """Make up to ``allowance`` bytes of it; what is left of that, over 0 only once it is whole."""
+        ...
+
+    def parse_on(self) -> None:
+        """Go on with what came behind it."""
+        ...
+
+
+class InflationQueue:
+    """Who waits for a large message to be inflated: one at a time, and so much of it per turn of the loop.
+
+    A kilobyte from a client can be a megabyte inflated. With a share of each turn, however many clients send such,
+    everybody else is served in between; and one at a time, as half a message takes memory and is of no use.
+    """
+
+    __slots__ = ("_loop", "_scheduled", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: dict[Inflates, None] = {}
+        self._scheduled = False
+
+    def add(self, who: Inflates) -> None:
+        """Wait for one's turn, once."""
+        self._waiting.setdefault(who)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._scheduled = False
+        left = INFLATED_PER_TURN
+        while left > 0 and self._waiting:
+            first = next(iter(self._waiting))
+            left = first.inflate(left)
+            if left > 0:
+                del self._waiting[first]
+                first.parse_on()  # may have it wait again, behind the others
+                left -= _PER_MESSAGE
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._take_turn)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from ..messages import BINARY, TEXT, valid_close_code
@@ -12,6 +13,8 @@ CONTINUATION = 0x0
 CLOSE = 0x8
 PING = 0x9
 PONG = 0xA
+
+_LAST_STEP = 64 * 1024  # bytes that the last step of inflating a message is taken for
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -42,8 +45,11 @@ class ProtocolError(Exception):
 class Inflater(Protocol):
     """Undoes a message's compression (see `.deflate`)."""
 
-    def inflate(self, data: bytes, limit: int) -> bytes:
-        """The message's bytes; raises `ProtocolError` past ``limit`` bytes or when the data is broken."""
+    def inflating(self, data: bytes, limit: int) -> Generator[int, None, bytes]:
+        """The message's bytes, made in steps that each yield how many they made.
+
+        Raises `ProtocolError` past ``limit`` bytes or when the data is broken.
+        """
         ...
 
 
@@ -65,8 +71,10 @@ class FrameParser:
 
     __slots__ = (
         "_compressed",
+        "_discarding",
         "_frame_end",
         "_inflater",
+        "_inflating",
         "_left",
         "_mask",
         "_max_size",
@@ -76,6 +84,7 @@ class FrameParser:
         "_rest",
         "_size",
         "_text",
+        "allowance",
         "closed",
         "held",
     )
@@ -87,7 +96,10 @@ class FrameParser:
         self._rest = b""  # an incomplete header or control frame, or everything since it was held
         self.held = False  # data frames stay unparsed; control frames in front of them are still answered
         self.closed = False  # a close frame came; whatever follows it is ignored (RFC 6455 §1.4)
-        # The message being assembled: its opcode (0: none) and its pieces.
+        self.allowance = sys.maxsize  # bytes that may be inflated; a message that takes more waits for `inflate`
+        self._inflating: Generator[int, None, bytes] | None = None
+        self._discarding = False
+        # The message being assembled, or inflated: its opcode (0: none) and its pieces.
         self._opcode = 0
         self._compressed = False
         self._parts: list[bytes] | None = None
@@ -100,8 +112,13 @@ class FrameParser:
 
     @property
     def waiting(self) -> bool:
-        """Whether a data frame is held back."""
-        return self.held and bool(self._rest)
+        """Whether a data frame is held back, or what came behind a message that is being inflated."""
+        return self._inflating is not None or (self.held and bool(self._rest))
+
+    @property
+    def inflating(self) -> bool:
+        """Whether a message is being inflated and takes more than it was allowed: see `inflate`."""
+        return self._inflating is not None
 
     @property
     def pending(self) -> int:
@@ -111,20 +128,34 @@ class FrameParser:
     def release(self) -> None:
         """Stop holding, and parse what was held back."""
         self.held = False
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Parse what came behind a message that is inflated now."""
         if self._rest:
             self.feed(b"")
+
+    def discard(self) -> None:
+        """Nobody wants messages any more: inflate none. The close frame behind them still comes."""
+        self._discarding = True
+        if self._inflating is not None:
+            self._inflating = None
+            self._opcode = 0
 
     def feed(self, data: bytes) -> None:
         """Parse the next bytes of the stream. Raises `ProtocolError`; the parser is of no use afterwards."""
         if self._rest:
             data = self._rest + data
             self._rest = b""
+        if self._inflating is not None:
+            self._rest = data
+            return
         receiver = self._receiver
         end = len(data)
         pos = 0
         if self._left:
             pos = self._continue_frame(data, 0, end)
-        while end - pos >= 2:
+        while end - pos >= 2 and self._inflating is None:
             if self.closed:
                 return
             first = data[pos]
@@ -260,14 +291,38 @@ class FrameParser:
     def _finish(self) -> None:
         assert self._parts is not None
         payload = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        text = self._opcode == TEXT
-        self._opcode = 0
         self._parts = None
         self._size = 0
         self._text = None
-        if self._compressed:
+        if not self._compressed:
+            self._deliver(payload)
+        elif self._discarding:
+            self._opcode = 0
+        else:
             assert self._inflater is not None
-            payload = self._inflater.inflate(payload, self._max_size)
+            self._inflating = self._inflater.inflating(payload, self._max_size)
+            self.inflate()
+
+    def inflate(self) -> None:
+        """Go on with the message that is being inflated, as far as ``allowance`` goes."""
+        steps = self._inflating
+        if steps is None:
+            return
+        try:
+            while self.allowance > 0:
+                self.allowance -= next(steps)
+        except StopIteration as done:
+            self._inflating = None
+            # The last step yields nothing; it is all that most messages take.
+            self.allowance -= min(len(done.value), _LAST_STEP)
+            self._deliver(done.value)
+        except ProtocolError:
+            self._inflating = None
+            raise
+
+    def _deliver(self, payload: bytes) -> None:
+        text = self._opcode == TEXT
+        self._opcode = 0
         if text:
             try:
                 self._receiver.message_received(payload.decode())

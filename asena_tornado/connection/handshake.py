@@ -6,12 +6,14 @@ import asyncio
 import base64
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterable
 from http.client import responses
 from typing import Any
 from uuid import UUID
 
 from pydantic import ValidationError
+from tornado.httpserver import HTTPServer
 from tornado.httputil import (
     HTTPConnection,
     HTTPHeaders,
@@ -22,18 +24,19 @@ from tornado.httputil import (
     ResponseStartLine,
 )
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.netutil import ssl_wrap_socket
 from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
 from ..errors import must_propagate
-from ..hosting import beside, hold, random_bytes
-from ..http import Answered, Chain, Context, JsonHandler, Origins, Refusal, Response, parse_query
+from ..hosting import Acceptor, beside, hold, random_bytes
+from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
 from ..messages import encode, validation_errors
 from ..namespace import Namespace
 from ..options import WebSocketOptions
 from ..sockets import Socket, SocketData
 from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
-from .deflate import Deflate, DeflateParameters, negotiate
+from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
 from .keepalive import Keepalive
 from .ledger import Ledger
 from .outbox import Outbox
@@ -63,13 +66,14 @@ class Endpoint:
         self.origins = origins
         self.middleware = middleware
         self.keepalive = Keepalive(loop, namespace.options, outbox.ledger)
+        self.inflation = InflationQueue(loop)
         self.closing = False  # no more handshakes are taken
 
 
 class Handshake:
     """One handshake, whoever has parsed the request: checks, middleware, values, upgrade."""
 
-    __slots__ = ("_client", "_endpoint", "_key", "_query", "_request", "_values")
+    __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_values")
 
     def __init__(self, endpoint: Endpoint, request: HTTPServerRequest) -> None:
         """Check the request. Raises `Refusal`."""
@@ -82,6 +86,8 @@ class Handshake:
         # What becomes ws.data.values, and whether it came from the query string.
         self._values: tuple[Any, bool] = (self._query, True)
         self._client: Socket[Any] | None = None
+        self._limit: asyncio.Timeout | None = None
+        self._hurried = False
 
     async def ask_middleware(self) -> None:
         """Run what is in front of the upgrade. Raises `Answered` with the response when it does not let pass."""
@@ -90,13 +96,22 @@ class Handshake:
             return
         context = Context(self._request, query=self._query)
         try:
-            async with asyncio.timeout(endpoint.options.handshake_timeout):
+            async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
                 response = await endpoint.middleware.run(context, _admit)
         except TimeoutError:
-            raise Refusal(503, "the handshake took too long", headers={"Retry-After": 1}) from None
+            why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
+            raise Refusal(503, why, headers={"Retry-After": 1}) from None
+        finally:
+            self._limit = None
         if response is not None:
             raise Answered(response)
         self._values = context.websocket_value(self._query)
+
+    def hurry(self) -> None:
+        """Middleware has had all the time there is."""
+        if self._limit is not None and not self._limit.expired():
+            self._hurried = True
+            self._limit.reschedule(self._endpoint.loop.time())
 
     def accept(self) -> None:
         """The last checks. Raises `Refusal`; afterwards `upgrade` cannot fail but for a client that is gone."""
@@ -152,6 +167,7 @@ class Handshake:
             options=options,
             outbox=endpoint.outbox,
             keepalive=endpoint.keepalive,
+            inflation=endpoint.inflation,
             deflate=deflate,
         )
         connection.start(received)
@@ -233,9 +249,12 @@ class Front(HTTPServerConnectionDelegate):
     it would cost.
     """
 
-    def __init__(self, app: HTTPServerConnectionDelegate, find: Callable[[str], Endpoint | None]) -> None:
+    def __init__(self, app: HTTPServerConnectionDelegate, find: Callable[[str], Endpoint | None], hosts: Hosts) -> None:
         self.app = app
         self.find = find
+        self.hosts = hosts
+        # Handshakes that middleware thinks about; each future is done with its answer.
+        self.asking: dict[Handshake, asyncio.Future[None]] = {}
 
     def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         """Called by the HTTP server for each request."""
@@ -244,6 +263,130 @@ class Front(HTTPServerConnectionDelegate):
     def on_close(self, server_conn: object) -> None:
         """Called by the HTTP server when a connection ends."""
         self.app.on_close(server_conn)
+
+    def give_way(self, successor: Front) -> None:
+        """Have another one's answers from now on."""
+        self.app, self.find, self.hosts = successor.app, successor.find, successor.hosts
+
+    async def dismiss(self) -> None:
+        """Have every handshake answered, with 503 where middleware has not decided yet."""
+        for handshake in self.asking:
+            handshake.hurry()
+        if self.asking:
+            # Not for ever: middleware may go on though it was cancelled.
+            await asyncio.wait(tuple(self.asking.values()), timeout=0.5)
+
+
+class _Stream(IOStream):
+    """Counts what the system took, so that it can be told who reads slowly from who reads nothing."""
+
+    written = 0
+    stuck: tuple[int, float] | None = None  # at how much, since when
+
+    def write_to_fd(self, data: memoryview) -> int:
+        """As in `IOStream`."""
+        size = super().write_to_fd(data)
+        self.written += size
+        return size
+
+
+class _SecureStream(_Stream, SSLIOStream):
+    pass
+
+
+class FrontServer(HTTPServer):
+    """Tornado's HTTP server for a `Front`, but for how it accepts connections and how it ends them.
+
+    A client that takes nothing of its answer for as long as a request may take to arrive is cut off. Who waits for
+    an answer to a handshake when everything is closed is answered before.
+    """
+
+    _acceptor: Acceptor | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _predecessors: tuple[FrontServer, ...] = ()
+
+    def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept what comes to these sockets, and close them with `stop`. Called once."""
+        listeners = tuple(sockets)
+        try:
+            self._acceptor = Acceptor(asyncio.get_running_loop(), listeners, self._receive)
+        except NotImplementedError:  # Windows' own loop; Tornado lends it a selector, on a thread
+            super().add_sockets(listeners)
+
+    def stop(self) -> None:
+        """Accept no more. What is connected goes on."""
+        if self._acceptor is not None:
+            self._acceptor.stop()
+            self._acceptor = None
+        super().stop()
+
+    def _receive(self, connection: socket.socket, address: Any) -> None:
+        stream: IOStream
+        if self.ssl_options is None:
+            stream = _Stream(connection)
+        else:
+            try:
+                connection.getpeername()  # which the wrapper asks too late to close what it has made
+                secured = ssl_wrap_socket(connection, self.ssl_options, server_side=True, do_handshake_on_connect=False)
+            except OSError as error:
+                log.debug("a connection was gone before its TLS handshake: %s", error)
+                connection.close()
+                return
+            stream = _SecureStream(secured)
+        self.handle_stream(stream, address)
+        if self._timer is None:
+            self._watch()
+
+    def on_close(self, server_conn: object) -> None:
+        """Called when a connection ends, or is a WebSocket from now on."""
+        super().on_close(server_conn)
+        if not self._connections and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _watch(self) -> None:
+        patience = self.conn_params.header_timeout or 3600
+        self._timer = asyncio.get_running_loop().call_later(max(0.02, patience / 4), self._sweep, patience)
+
+    def _sweep(self, patience: float) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in tuple(self._connections):
+            stream = connection.stream
+            if not isinstance(stream, _Stream):
+                continue  # Tornado accepted it
+            if not stream.writing():
+                stream.stuck = None
+            elif stream.stuck is None or stream.stuck[0] != stream.written:
+                stream.stuck = stream.written, now
+            elif now - stream.stuck[1] >= patience:
+                log.info("%s is cut off: it takes nothing of its answer", connection.context)
+                # With a reset, or the system would go on offering it what it has taken.
+                stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                stream.close()
+        self._watch()
+
+    @property
+    def front(self) -> Front:
+        """What answers."""
+        front = self.request_callback
+        assert isinstance(front, Front)
+        return front
+
+    def inherit(self, old: FrontServer) -> None:
+        """Answer from now on what comes in on connections of a server that stops: they may have just been made."""
+        old.stop()
+        old.front.give_way(self.front)
+        self._predecessors = tuple(each for each in (*old._predecessors, old) if each._connections)
+        old._predecessors = ()
+        for each in self._predecessors:
+            each.front.give_way(self.front)
+
+    async def close_all_connections(self) -> None:
+        """Close every connection, and wait until each has ended."""
+        for each in self._predecessors:
+            await each.close_all_connections()
+        await self.front.dismiss()
+        await super().close_all_connections()
 
 
 class _FrontRequest(HTTPMessageDelegate):
@@ -254,12 +397,20 @@ class _FrontRequest(HTTPMessageDelegate):
         self._app: HTTPMessageDelegate | None = None
         self._response: Response | None = None
         self._head_only = False
+        self._asking: Handshake | None = None
 
     def headers_received(
         self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders
     ) -> Awaitable[None] | None:
         assert isinstance(start_line, RequestStartLine)
         endpoint = self._front.find(start_line.path.partition("?")[0])
+        try:
+            self._front.hosts.check(headers.get("Host", "localhost"))  # without one it is HTTP/1.0, or refused below
+        except Answered as answered:
+            # What is no host at all is an error of its own, and raised by this.
+            request = HTTPServerRequest(connection=self._conn, start_line=start_line, headers=headers)
+            self._refuse(endpoint, request, answered.response)
+            return None
         if endpoint is None:
             self._app = self._front.app.start_request(self._server_conn, self._conn)
             return self._app.headers_received(start_line, headers)
@@ -277,6 +428,8 @@ class _FrontRequest(HTTPMessageDelegate):
         return None
 
     async def _ask(self, handshake: Handshake, endpoint: Endpoint, request: HTTPServerRequest) -> None:
+        self._asking = handshake
+        self._front.asking[handshake] = endpoint.loop.create_future()
         try:
             await handshake.ask_middleware()
             handshake.accept()
@@ -284,9 +437,16 @@ class _FrontRequest(HTTPMessageDelegate):
             self._refuse(endpoint, request, answered.response)
         else:
             handshake.upgrade(self._conn.detach())  # type: ignore[attr-defined]  # an HTTP/1 connection has it
+            self._answered()
 
-    def _refuse(self, endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
-        _refused(endpoint, request, response)
+    def _answered(self) -> None:
+        if self._asking is not None:
+            self._front.asking.pop(self._asking).set_result(None)
+            self._asking = None
+
+    def _refuse(self, endpoint: Endpoint | None, request: HTTPServerRequest, response: Response) -> None:
+        if endpoint is not None:
+            _refused(endpoint, request, response)
         self._response = response
         self._head_only = request.method == "HEAD"
 
@@ -304,8 +464,10 @@ class _FrontRequest(HTTPMessageDelegate):
             body = None if self._head_only else response.body
             self._conn.write_headers(start_line, response.headers, body)
             self._conn.finish()
+            self._answered()
 
     def on_connection_close(self) -> None:
+        self._answered()
         if self._app is not None:
             self._app.on_connection_close()
 
@@ -313,14 +475,16 @@ class _FrontRequest(HTTPMessageDelegate):
 class HandshakeHandler(JsonHandler, WebSocketHandler):
     """A handshake inside somebody's Tornado application. It ends with the upgrade: the `Connection` lives on alone."""
 
-    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]]) -> None:
+    def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts) -> None:
         self._find_endpoint = endpoint
+        self._hosts = hosts
 
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """Check, ask the middleware, validate, upgrade; or answer with plain HTTP."""
         endpoint = None
         try:
             endpoint = await self._find_endpoint()
+            self._hosts.check(self.request.host)
             handshake = Handshake(endpoint, self.request)
             await handshake.ask_middleware()
             handshake.accept()
@@ -414,9 +578,11 @@ def _take_over(
     return plain, received
 
 
-def websocket_routes(path: str, endpoint: Callable[[], Awaitable[Endpoint]]) -> tuple[str, type, dict[str, Any]]:
+def websocket_routes(
+    path: str, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts
+) -> tuple[str, type, dict[str, Any]]:
     """The route of a namespace, for a `tornado.web.Application`."""
-    return (re.escape(path), HandshakeHandler, {"endpoint": endpoint})
+    return (re.escape(path), HandshakeHandler, {"endpoint": endpoint, "hosts": hosts})
 
 
-__all__ = ["Endpoint", "Front", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
+__all__ = ["Endpoint", "Front", "FrontServer", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]

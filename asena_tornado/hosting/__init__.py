@@ -2,7 +2,7 @@
 
 from .held import hold, random_bytes
 from .kernel import in_cell, pass_interrupt_on, show_in_cells, waking
-from .listen import listen
+from .listen import Acceptor, listen
 from .loops import (
     LoopDoor,
     LoopKind,
@@ -17,6 +17,7 @@ from .reachability import Reach, reach
 from .switching import switching
 
 __all__ = [
+    "Acceptor",
     "LoopDoor",
     "LoopKind",
     "LoopThread",

@@ -19,10 +19,14 @@ _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1", "[::1]", ""))
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """``base``: an ``http(s)://`` address without a trailing slash. ``note``: what a person has to know about it."""
+    """``base``: an ``http(s)://`` address without a trailing slash. ``note``: what a person has to know about it.
+
+    ``anywhere``: browsers come through a hub, under a name that cannot be known here.
+    """
 
     base: str
     note: str = ""
+    anywhere: bool = False
 
     @property
     def origin(self) -> str:
@@ -52,6 +56,7 @@ def reach(port: int, local: str, *, template: str | None, environ: Mapping[str, 
             local,
             f"on this JupyterHub, browsers find it at {path} below the hub's own address; to see the whole "
             f"address here, set public_url= or ${TEMPLATE_VARIABLE}.{_proxy_note(' ')}",
+            anywhere=True,
         )
     jupyter = _jupyter_server(environ.get("JPY_PARENT_PID"))
     if jupyter is not None:

@@ -7,7 +7,7 @@ import json
 from html import escape
 from typing import Any
 
-from ..http import DiscreetHandler
+from ..http import DiscreetHandler, Hosts, Refusal
 from .view import STATIC, View
 
 _MAX_REQUEST = 1024 * 1024  # bytes
@@ -28,9 +28,18 @@ class _Handler(DiscreetHandler):
         self.set_header("Cache-Control", "no-store")
         self.set_header("Cross-Origin-Resource-Policy", "same-origin")
 
-    def initialize(self, view: View, name: str) -> None:
+    def initialize(self, view: View, name: str, hosts: Hosts) -> None:
         self._view = view
         self._name = name
+        self._hosts = hosts
+
+    def prepare(self) -> None:
+        try:
+            self._hosts.check(self.request.host)
+        except Refusal as refusal:
+            self.set_status(refusal.response.status)
+            self.set_header("Content-Type", refusal.response.headers["Content-Type"])
+            self.finish(refusal.response.body)
 
     def _permitted(self, token: str) -> bool:
         return hmac.compare_digest(token.encode(), self._view.desk.token.encode())
@@ -84,9 +93,9 @@ class _AskHandler(_Handler):
         self.finish(await self._view.answer(request))
 
 
-def page_routes(path: str, view: View) -> list[Any]:
+def page_routes(path: str, view: View, hosts: Hosts) -> list[Any]:
     """The routes of the page at ``path``, for a `tornado.web.Application`."""
-    settings = {"view": view, "name": path.rpartition("/")[2]}
+    settings = {"view": view, "name": path.rpartition("/")[2], "hosts": hosts}
     files = "|".join(name.replace(".", r"\.") for name in _FILES)
     return [
         (path, _PageHandler, settings),
