@@ -50,7 +50,8 @@ class WebSocketOptions(BaseModel):
     close_timeout: Seconds = 5.0
     """Seconds a client has to answer a close frame; then the connection is cut."""
     handler_grace: Seconds = 2.0
-    """Seconds a running handler, and messages received before, may take once the client is gone; then cancelled."""
+    """Seconds a running handler, and messages received before, may take once the client is gone, or the server stops;
+    then it is cancelled."""
     on_close_timeout: Seconds = 10.0
     """Seconds ``on_close`` may take; then it is cancelled."""
 
