@@ -634,7 +634,7 @@ class AsenaServer:
 
         Handlers that run may finish, for ``handler_grace`` seconds; clients that do not go are cut off, and what
         still runs after ``timeout`` seconds is cancelled. Where the loop itself is held up, by a handler that blocks
-        it, this returns a second later all the same, and logs what holds it up. Stopping a stopped server changes
+        it, this returns soon after all the same, and logs what holds it up. Stopping a stopped server changes
         nothing. From a handler it returns at once and the server stops as soon as it can.
         """
         if self.state in ("new", "replaced"):
