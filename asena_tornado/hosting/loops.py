@@ -75,7 +75,7 @@ class LoopDoor:
             raise ServerStateError(
                 "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
             )
-        return _wait(lambda: _complete(work), self.loop, timeout)
+        return _wait(lambda: self._in_turn(work), self.loop, timeout)
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
         """Run on the loop and await the result, from any loop.
@@ -84,7 +84,7 @@ class LoopDoor:
         """
         if self.inside():
             return await _complete(work)
-        completion = _complete(work)
+        completion = self._in_turn(work)
         try:
             future = asyncio.run_coroutine_threadsafe(completion, self.loop)
         except RuntimeError as error:
@@ -98,6 +98,11 @@ class LoopDoor:
             if not self._shut or (task is not None and task.cancelling()):
                 raise
             raise ServerStateError("the server stopped before this was done") from None
+
+    async def _in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        # What this thread posted before comes before, also where the thread that is to wake the loop has not yet.
+        self._run_posted()
+        return await _complete(work)
 
     @property
     def kind(self) -> LoopKind:
