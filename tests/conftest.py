@@ -28,9 +28,17 @@ def io_loop() -> Iterator[IOLoop]:
     loop.close(all_fds=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For the tests that are marked ``long``."""
+    parser.addoption("--long", action="store_true", help="tests that try many cases try far more of them")
+    parser.addoption("--seed", type=int, default=None, help="of tests that do things at random")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every async test runs on io_loop, also one that does not name it."""
     for item in items:
+        if config.getoption("--long") and item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(3600))
         if (
             isinstance(item, pytest.Function)
             and inspect.iscoroutinefunction(item.obj)

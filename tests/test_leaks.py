@@ -6,13 +6,18 @@ import gc
 import logging
 import os
 import socket as sockets
+import ssl
 import struct
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import trustme
 from tornado.http1connection import HTTP1Connection as HTTPConnection
+from tornado.iostream import IOStream
 from websockets.asyncio.client import connect as websockets_connect
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
@@ -25,16 +30,21 @@ HANDSHAKE = (
 )
 
 
+DEFLATE = b"Sec-WebSocket-Extensions: permessage-deflate\r\n"
+
+
 @WebSocket("/x", options=WebSocketOptions(handler_grace=0.01, close_timeout=0.05, compression=True))
 class Service(AsenaWebSocketService):
     """Does with a client what its message says."""
 
     def __init__(self) -> None:
         self.ever: weakref.WeakSet[object] = weakref.WeakSet()
+        self.connected = 0
         self.opened = 0
 
     async def on_open(self, ws: Socket) -> None:
         self.ever.update((ws, ws._connection))
+        self.connected += 1
         self.opened += 1
         ws.subscribe("everybody")
         ws.subscribe(f"room {self.opened % 7}")
@@ -51,6 +61,13 @@ class Service(AsenaWebSocketService):
                 ws.close(4000)
             case "terminate":
                 ws.terminate()
+            case "move":
+                self.opened += 1
+                room = f"room {self.opened % 7}"
+                (ws.unsubscribe if ws.is_subscribed(room) else ws.subscribe)(room)
+                ws.publish(room, "somebody moved")
+            case "large":
+                ws.send("large" * 100_000)
             case "background":
                 ws.ping()
                 await asyncio.sleep(0)
@@ -71,92 +88,117 @@ def nothing_is_logged() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def masked(data: bytes, opcode: int = 1) -> bytes:
-    return bytes([0x80 | opcode, 0x80 | len(data)]) + bytes(4) + data
+def masked(data: bytes, opcode: int = 1, *, rsv: int = 0) -> bytes:
+    return bytes([0x80 | rsv | opcode, 0x80 | len(data)]) + bytes(4) + data
+
+
+def deflated(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+@dataclass
+class Place:
+    """Where the server is."""
+
+    port: int
+    tls: ssl.SSLContext | None = None
 
 
 class Raw:
     """A client that does only what it is told."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.loop = asyncio.get_running_loop()
-        self.sock = sockets.socket()
-        self.sock.setblocking(False)
+    def __init__(self, place: Place) -> None:
+        self.place = place
 
-    async def begin(self, request: bytes = HANDSHAKE + b"\r\n") -> None:
-        await self.loop.sock_connect(self.sock, ("127.0.0.1", self.port))
-        await self.loop.sock_sendall(self.sock, request)
+    async def begin(self, request: bytes = HANDSHAKE + b"\r\n", *, tls: bool = True) -> None:
+        secure = self.place.tls if tls else None
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self.place.port, ssl=secure, server_hostname="localhost" if secure else None
+        )
+        self.writer.write(request)
 
-    async def enter(self) -> None:
-        await self.begin()
-        assert (await self.loop.sock_recv(self.sock, 1000)).startswith(b"HTTP/1.1 101 ")
-
-    async def send(self, data: bytes) -> None:
-        await self.loop.sock_sendall(self.sock, data)
+    async def enter(self, request: bytes = HANDSHAKE + b"\r\n") -> None:
+        await self.begin(request)
+        assert (await self.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
 
     async def end(self) -> None:
         with contextlib.suppress(OSError):
-            while await self.loop.sock_recv(self.sock, 65536):
+            while await self.reader.read(65536):
                 pass
+        await self.close()
 
-    def reset(self) -> None:
-        self.sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
+
+    async def reset(self) -> None:
+        sock = self.writer.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # the server was first
+            sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
 
 
-def sends(data: bytes, *, waits: bool = True) -> Callable[[int], Awaitable[None]]:
+Kind = Callable[[Place], Awaitable[None]]
+
+
+def sends(data: bytes, *, waits: bool = True, offers: bytes = b"") -> Kind:
     """A client that sends this after the handshake, waits for the end or resets, and is gone."""
 
-    async def live(port: int) -> None:
-        client = Raw(port)
-        await client.enter()
-        await client.send(data)
-        if waits:
-            await client.end()
-            client.sock.close()
-        else:
-            client.reset()
+    async def live(place: Place) -> None:
+        client = Raw(place)
+        await client.enter(HANDSHAKE + offers + b"\r\n")
+        client.writer.write(data)
+        await (client.end() if waits else client.reset())
 
     return live
 
 
-def asks(request: bytes, *, waits: bool = True) -> Callable[[int], Awaitable[None]]:
+def asks(request: bytes, *, waits: bool = True, tls: bool = True) -> Kind:
     """A client whose handshake comes to nothing."""
 
-    async def live(port: int) -> None:
-        client = Raw(port)
-        await client.begin(request)
+    async def live(place: Place) -> None:
+        client = Raw(place)
+        await client.begin(request, tls=tls)
         if waits:
-            assert not (await client.loop.sock_recv(client.sock, 1000)).startswith(b"HTTP/1.1 101")
-        client.reset()
+            with contextlib.suppress(OSError):
+                assert not (await client.reader.read(1000)).startswith(b"HTTP/1.1 101")
+        await client.reset()
 
     return live
 
 
-async def leaves_at_once(port: int) -> None:
-    client = Raw(port)
+async def leaves_at_once(place: Place) -> None:
+    client = Raw(place)
     await client.enter()
-    client.sock.close()
+    await client.close()
 
 
-async def half_closes(port: int) -> None:
-    client = Raw(port)
+async def half_closes(place: Place) -> None:
+    client = Raw(place)
     await client.enter()
-    client.sock.shutdown(sockets.SHUT_WR)
-    await client.end()
-    client.sock.close()
+    if client.writer.can_write_eof():  # not over TLS
+        client.writer.write_eof()
+        await client.end()
+    await client.close()
 
 
-async def behaves(port: int) -> None:
+async def behaves(place: Place) -> None:
     # Without a limit on its queue: with one, it does not read the answer to its close.
-    async with websockets_connect(f"ws://127.0.0.1:{port}/x", max_queue=None) as client:
+    address = f"ws{'s' if place.tls else ''}://localhost:{place.port}/x"
+    async with websockets_connect(address, max_queue=None, ssl=place.tls, host="127.0.0.1") as client:
         await client.send("hello")
         await client.ping()
         await client.close(3000, "bye")
 
 
-KINDS: dict[str, Callable[[int], Awaitable[None]]] = {
+# A message of a megabyte, which takes several turns.
+LARGE = b"\xc2\xfe" + (len(deflated(bytes(1_000_000)))).to_bytes(2, "big") + bytes(4) + deflated(bytes(1_000_000))
+
+KINDS: dict[str, Kind] = {
     "closes as it should": behaves,
     "closes": sends(masked(b"\x03\xe8bye", 8)),
     "closes without a code": sends(masked(b"", 8)),
@@ -180,7 +222,20 @@ KINDS: dict[str, Callable[[int], Awaitable[None]]] = {
     "is of another origin": asks(HANDSHAKE + b"Origin: http://elsewhere\r\n\r\n"),
     "goes within the handshake": asks(HANDSHAKE, waits=False),
     "goes right after asking": asks(HANDSHAKE + b"\r\n", waits=False),
-    "compresses": asks(HANDSHAKE + b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n", waits=False),
+    "speaks something else": asks(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", waits=False),
+    "speaks without TLS": asks(HANDSHAKE[:-2], waits=False, tls=False),
+    "says nothing": asks(b"", waits=False, tls=False),
+    "calls by another name": asks(HANDSHAKE.replace(b"localhost", b"elsewhere") + b"\r\n"),
+    "has a bad key": asks(HANDSHAKE.replace(b"AAAA", b"????") + b"\r\n"),
+    "has no host": asks(HANDSHAKE.replace(b"Host: localhost\r\n", b"") + b"\r\n"),
+    "asks for a page": asks(b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "pings": sends(masked(b"ping", 9) * 20 + masked(b"", 8)),
+    "moves between rooms": sends(b"".join(masked(b"move") for _ in range(20)) + masked(b"", 8)),
+    "moves between rooms and resets": sends(b"".join(masked(b"move") for _ in range(20)), waits=False),
+    "compresses": sends(masked(deflated(b"move" * 1000), rsv=0x40) + masked(b"", 8), offers=DEFLATE),
+    "resets while its message is inflated": sends(LARGE, waits=False, offers=DEFLATE),
+    "is cut off for what it compresses": sends(masked(b"\xff\xff\xff", rsv=0x40), offers=DEFLATE),
+    "is gone with a compressed answer unread": sends(masked(b"large") * 3, waits=False, offers=DEFLATE),
 }
 
 
@@ -215,37 +270,64 @@ async def census(server: AsenaServer, *kinds: type) -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@contextlib.asynccontextmanager
+async def serving(tls: bool, authority: trustme.CA) -> AsyncIterator[tuple[AsenaServer, Place]]:
+    server_side = client_side = None
+    if tls:
+        server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        authority.issue_cert("localhost", "127.0.0.1").configure_cert(server_side)
+        client_side = ssl.create_default_context()
+        authority.configure_trust(client_side)
+    async with AsenaServer(Service, port=0, ssl_options=server_side) as server:
+        yield server, Place(server.port, client_side)
+
+
+SECURE = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+
+
+@SECURE
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*")  # what happens to be collected here and now is not this test's
-async def test_a_thousand_connections_of_every_kind_leave_nothing_behind() -> None:
-    async with AsenaServer(Service, port=0) as server:
+async def test_thousands_of_connections_of_every_kind_leave_nothing_behind(
+    tls: bool, authority: trustme.CA, request: pytest.FixtureRequest
+) -> None:
+    count = (20_000 if request.config.getoption("--long") else 2_000) // (2 if tls else 1)
+    async with serving(tls, authority) as (server, place):
         for kind in KINDS.values():  # once, for what is made once
-            await kind(server.port)
-        kinds_of_objects = (Socket, Connection, HTTPConnection)
+            await kind(place)
+        kinds_of_objects = (Socket, Connection, HTTPConnection, IOStream, ssl.SSLSocket)
         before = await census(server, *kinds_of_objects)
         service: Any = server.namespaces["/x"].hooks.service
-        service.opened = 0
-        kinds = list(KINDS.values()) * 50
+        service.connected = 0
+        kinds = list(KINDS.values()) * (count // len(KINDS) + 1)
         for i in range(0, len(kinds), 60):
-            await asyncio.gather(*(kind(server.port) for kind in kinds[i : i + 60]))
+            await asyncio.gather(*(kind(place) for kind in kinds[i : i + 60]))
         assert await census(server, *kinds_of_objects) == before
-        assert service.opened >= 950
-        assert len(kinds) >= 1000
+        assert len(kinds) >= count
+        assert service.connected >= count / 2
         assert not service.ever
         assert not service.sockets
 
 
-async def test_each_kind_of_end_alone_leaves_nothing_behind() -> None:
-    async with AsenaServer(Service, port=0) as server:
-        await behaves(server.port)
+@SECURE
+async def test_each_kind_of_end_alone_leaves_nothing_behind(tls: bool, authority: trustme.CA) -> None:
+    async with serving(tls, authority) as (server, place):
+        for kind in KINDS.values():
+            await kind(place)
         before = await census(server)
         for name, kind in KINDS.items():
-            await kind(server.port)
+            await kind(place)
             assert await census(server) == before, name
 
 
 def test_a_stopped_server_is_garbage() -> None:
     server = AsenaServer(Service, port=0).start()
-    server.call(behaves(server.port))
+    server.call(behaves(Place(server.port)))
     server.stop()
     traces = [weakref.ref(each) for each in (server, server.namespaces["/x"], server._thread or server)]
     del server

@@ -19,6 +19,7 @@ from asena_tornado import (
     Socket,
     SocketClosedError,
     WebSocket,
+    WebSocketOptions,
 )
 
 
@@ -192,3 +193,35 @@ async def test_sockets_and_rooms_may_be_read_while_they_change() -> None:
 
         await asyncio.to_thread(in_threads, read, read, *[lambda s=socket: change(s) for _, socket in pairs])
         assert server.call(lambda: {room: len(members) for room, members in service.rooms.items()})["r"] == 3
+
+
+def test_a_call_comes_after_what_its_thread_sent_before(wires, monkeypatch):
+    @WebSocket("/x", options=WebSocketOptions(close_timeout=0.05))
+    class Service(AsenaWebSocketService):
+        def on_open(self, ws):
+            ws.send("open")
+
+    with AsenaServer(Service, port=0) as server:
+        service = server.namespaces["/x"].hooks.service
+        wire = wires.connect(server, "/x")
+        assert wire.read() == "open"
+        assert server._door is not None
+        loop = server._door.loop
+        wake = loop.call_soon_threadsafe
+        about_to, go = threading.Event(), threading.Event()
+
+        def held(*args, **options):
+            if threading.current_thread() is slow:
+                about_to.set()
+                go.wait(10)
+            return wake(*args, **options)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", held)
+        slow = threading.Thread(target=service.in_, args=("by one that is about to wake the loop",))
+        slow.start()
+        assert about_to.wait(10)
+        service.in_("first")
+        server.call(lambda: service.in_("second"))
+        go.set()
+        slow.join()
+        assert [wire.read() for _ in range(3)] == ["by one that is about to wake the loop", "first", "second"]

@@ -155,7 +155,10 @@ class FrameParser:
         pos = 0
         if self._left:
             pos = self._continue_frame(data, 0, end)
-        while end - pos >= 2 and self._inflating is None:
+            if self.inflating:
+                self._rest = data[pos:]
+                return
+        while end - pos >= 2:
             if self.closed:
                 return
             first = data[pos]
@@ -200,6 +203,8 @@ class FrameParser:
                 # Compressed, fragmented or still arriving.
                 self._start_frame(first, opcode, length, data[head:body])
                 pos = self._continue_frame(data, body, end)
+                if self.inflating:
+                    break
             else:
                 # The usual case: a whole, uncompressed message in one frame.
                 pos = stop

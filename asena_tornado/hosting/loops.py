@@ -121,7 +121,7 @@ class LoopDoor:
             raise ServerStateError(
                 "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
             )
-        return _wait(lambda: self._complete_in_turn(work), self.loop, timeout)
+        return _wait(lambda: self._in_turn(work), self.loop, timeout)
 
     async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
         """Run on the loop and await the result, from any loop.
@@ -130,7 +130,7 @@ class LoopDoor:
         """
         if self.inside():
             return await _complete(work)
-        completion = _boxed(lambda: self._complete_in_turn(work))
+        completion = _boxed(lambda: self._in_turn(work))
         try:
             future = asyncio.run_coroutine_threadsafe(completion, self.loop)
         except RuntimeError as error:
@@ -145,8 +145,8 @@ class LoopDoor:
                 raise
             raise ServerStateError("the server stopped before this was done") from None
 
-    async def _complete_in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        # Behind all that was posted before: who posts first may not have come to wake the loop yet.
+    async def _in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
+        # What this thread posted before comes before, also where the thread that is to wake the loop has not yet.
         self._run_posted()
         return await _complete(work)
 
