@@ -1,12 +1,19 @@
 """Every notebook runs from top to bottom in a real kernel, and is stored without what a run leaves behind."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+# What goes wrong on purpose, and is said.
+TROUBLE = {
+    "inspect_rooms": "asena_tornado: Desk.on_message raised PermissionError: refunds are not implemented yet",
+    "scale_out": r"asena_tornado: (<RedisTransport .*> is not ready|\d+ message\(s\) of node .* did not arrive)",
+}
 
 
 @pytest.mark.notebook
@@ -20,7 +27,9 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, kernel_config: Any):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs
     assert [output for output in outputs if output.output_type == "error"] == []
-    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    lines = "".join(output.text for output in outputs if output.get("name") == "stderr").splitlines()
+    assert [line for line in lines if not re.match(TROUBLE.get(path.stem, "nothing"), line)] == []
+    assert bool(lines) == (path.stem in TROUBLE)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
