@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import threading
 import time
 import traceback
@@ -40,7 +41,7 @@ _PREVIEW = 120  # characters of a message that are kept
 _FAILURES = 100  # of hooks, with their tracebacks
 _TRACEBACK = 8000  # characters of one that are kept: its end, where the error is
 _ERROR_LINE = 300  # characters of an error in one line
-_OWN_FILES = str(Path(__file__).parent)
+_OWN_FILES = str(Path(__file__).parent) + os.sep
 # What is kept of each sort of event, and of the rooms in one of them.
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_ROOM_BYTES = 16 * 1024

@@ -38,6 +38,7 @@ from .hosting import (
     Reach,
     beside,
     hold,
+    in_cell,
     in_empty_context,
     listen,
     new_event_loop,
@@ -64,6 +65,7 @@ State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 # Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
 _HASTE = 0.1
 _SLACK = 2.0  # seconds past a time limit after which somebody who waits gives up on a loop that does not answer
+_FOREVER = 1e7  # seconds; more than any wait can be told
 _LAST_WORDS = 1.0  # seconds that who is cancelled may still take
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
@@ -192,13 +194,26 @@ class AsenaServer:
         door = self._door
         if self._state not in ("starting", "running", "stopping") or door is None or not door.loop.is_closed():
             return
-        log.error("the loop of %s has ended without a stop", ", ".join(self._site.paths) or "a server")
-        door.shut()
+        if not self._lock.acquire(blocking=False):
+            return  # somebody starts or stops it just now, and will see
+        try:
+            if self._door is not door or self._state not in ("starting", "running", "stopping"):
+                return
+            log.error("the loop of %s has ended without a stop", ", ".join(self._site.paths) or "a server")
+            door.shut()
+            self._forget_connections()
+            self._http = None
+            self._retiring = self._closing = None
+            self._give_up("the server's loop has ended without a stop: call server.start() again")
+        finally:
+            self._lock.release()
+
+    def _forget_connections(self) -> None:
+        """Close the descriptors: there is no loop any more that could do it in an orderly way."""
         for namespace in self._site.namespaces.values():
+            for socket in (*namespace.sockets.values(), *namespace.leaving):
+                socket._connection.channel.give_up()
             namespace.forget_everybody()
-        self._http = None
-        self._retiring = self._closing = None
-        self._give_up()
 
     @property
     def port(self) -> int:
@@ -284,7 +299,9 @@ class AsenaServer:
         """
         if hosting not in ("thread", "kernel"):
             raise ConfigurationError(f'hosting is "thread" or "kernel", not {hosting!r}')
-        with self._lock, _turn(self._wanted_port):
+        # A loop that runs here must not wait for long: it may be what the other one waits for.
+        patience = -1.0 if running_loop() is None or in_cell() else _SLACK
+        with _lock_within(self._lock, patience), _turn(self._wanted_port, timeout=patience):
             if self.state in ("starting", "running"):
                 if self._hosting != hosting:
                     raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
@@ -296,7 +313,6 @@ class AsenaServer:
                     assert old._thread is not None
                     old._await_answer()
                     old._thread.submit(lambda: self._replace(old))
-                    self._thread, old._thread = old._thread, None
                 elif hosting == "thread":
                     self._thread = LoopThread(f"asena-{self._wanted_port}", self._loop)
                     self._thread.start().submit(self._open)
@@ -438,22 +454,23 @@ class AsenaServer:
         if self._state == "stopping":
             raise ServerStateError("the server is still stopping; wait for stop() to return")
         show_in_cells(log)
+        self._door = None  # not that of an earlier start
         self._hosting = hosting
         self._state = "starting"
         self._failure = None
         self._stopped = asyncio.Event()
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str = "the server could not start") -> None:
         self._state = "stopped"
         _running.discard(self)
         switching.release(self)
-        self._site.end("the server could not start")
+        self._site.end(why)
         if self._http is not None:
             self._http.stop()
             self._http = None
+        self._end_thread()  # which may still be about to listen
         self._stop_listening()
         self._opening = None
-        self._end_thread()
 
     def _prepare(self) -> None:
         """Everything that needs no waiting, on the loop's thread."""
@@ -469,9 +486,9 @@ class AsenaServer:
     async def _open(self) -> None:
         """In a task of its own, which a stop cancels."""
         self._opening = asyncio.current_task()
-        if self._door is None or self._door.is_shut:
-            self._prepare()
         try:
+            if self._door is None or self._door.is_shut:
+                self._prepare()
             http = self._make_http() if self._listeners else None
             await self._site.start()
             if self._state != "starting":
@@ -479,8 +496,9 @@ class AsenaServer:
                 await self._site.stop()
                 raise asyncio.CancelledError
         except BaseException:
-            assert self._door is not None
-            self._door.shut()
+            if self._door is not None:
+                self._door.shut()
+            self._stop_listening()
             raise
         self._listen(http)
 
@@ -495,7 +513,10 @@ class AsenaServer:
 
         async def finish() -> None:
             try:
-                await (self._open() if old is None else self._replace(old))
+                async with _queue(self._wanted_port):
+                    # Those that began before may have changed who that is.
+                    before = None if old is None else self._predecessor()
+                    await (self._open() if before is None else self._replace(before))
             except BaseException as error:
                 self._give_up()
                 if must_propagate(error):
@@ -556,16 +577,20 @@ class AsenaServer:
         assert old._door is not None
         self._check_address()
         own, self._desk = self._desk, old._desk  # whose views and page go on
+        # Duplicates, because a server closes the sockets that it stops listening on.
+        listeners: list[sockets.socket] = []
         try:
+            listeners.extend(listener.dup() for listener in old._listeners)
             http = self._make_http()
-            remains = await self._site.take_over(old._site, old._door)
+            remains = await self._site.take_over(old._site, old._door, lambda: self._check_still_wanted(old))
         except BaseException:
             self._desk = own
+            for listener in listeners:
+                listener.close()
             raise
         # Nor does anything wait from here on: what listens and who is asked change along with the site.
-        self._door, self._port = old._door, old._port
-        # Duplicates, because a server closes the sockets that it stops listening on.
-        self._listeners = [listener.dup() for listener in old._listeners]
+        self._door, self._port, self._listeners = old._door, old._port, listeners
+        self._thread, old._thread = old._thread, None
         self._desk.pass_to(self)
         self._listen(http)
         old_http, old._http, old._listeners = old._http, None, []
@@ -576,6 +601,14 @@ class AsenaServer:
         old._stopped.set()
         _running.discard(old)
         self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
+
+    def _check_still_wanted(self, old: AsenaServer) -> None:
+        """Right before the switch: whether both sides still want it."""
+        if self._state != "starting":
+            # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+            raise asyncio.CancelledError
+        if old._state != "running" or old._closing is not None:
+            raise ServerStateError("the server that this one was to replace has been stopped meanwhile: start it again")
 
     async def _retire(self, old: AsenaServer, http: FrontServer | None, remains: Remains) -> None:
         """What is left of the old server."""
@@ -651,14 +684,10 @@ class AsenaServer:
                 # In a thread that a handler waits for, as `asyncio.to_thread` has it.
                 door.run(self._close_soon, timeout)
                 return
+        timeout = min(timeout, _FOREVER)
         deadline = time.monotonic() + timeout + _SLACK
-        if not self._lock.acquire(timeout=timeout + _SLACK):
-            raise ServerStateError("another thread is still starting or stopping this server")
-        try:
-            with _turn(self._port, timeout=timeout + _SLACK):
-                self._stop_and_wait(timeout, deadline)
-        finally:
-            self._lock.release()
+        with _lock_within(self._lock, timeout + _SLACK), _turn(self._port, timeout=timeout + _SLACK):
+            self._stop_and_wait(timeout, deadline)
 
     def _stop_and_wait(self, timeout: float, deadline: float) -> None:
         door = self._door
@@ -673,7 +702,7 @@ class AsenaServer:
             except TimeoutError:
                 self._leave_behind(timeout, door)
                 return
-        self._end_thread()
+        self._end_thread(max(_LAST_WORDS, deadline - time.monotonic()))
 
     async def aclose(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """What `stop` does, awaitable from any loop. In a handler it returns at once."""
@@ -720,10 +749,11 @@ class AsenaServer:
             loop = asyncio.get_running_loop()
             self._closing = in_empty_context(lambda: loop.create_task(self._close(timeout, patience)))
 
-    def _end_thread(self) -> None:
+    def _end_thread(self, timeout: float = 5.0) -> None:
         thread = self._thread
         if thread is not None:
-            thread.stop()
+            if not thread.stop(timeout=timeout):
+                log.error("the thread of %s goes on; what holds it up: %s", self, _where(thread.ident))
             if not thread.current:
                 self._thread = None
 
@@ -739,7 +769,7 @@ class AsenaServer:
             self._opening.cancel()
             await _wait_for(self._opening, deadline, "the start")
         if self._retiring is not None:
-            await _wait_for(self._retiring, deadline, "the end of the server that this one replaced")
+            await _wait_for(self._retiring, loop.time() + timeout / 2, "the end of the server that this one replaced")
         self._state = "stopping"
         _running.discard(self)
         try:
@@ -902,6 +932,27 @@ def _turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
         lock.release()
 
 
+# The same for those that start on one loop, which cannot wait for each other by blocking it.
+_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Lock]] = weakref.WeakKeyDictionary()
+
+
+def _queue(port: int) -> contextlib.AbstractAsyncContextManager[Any]:
+    if not port:
+        return contextlib.nullcontext()
+    return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(port, asyncio.Lock())
+
+
+@contextlib.contextmanager
+def _lock_within(lock: threading.RLock, timeout: float) -> Iterator[None]:
+    """Hold the lock of a server; ``timeout``: seconds to wait for it, -1 for as long as it takes."""
+    if not lock.acquire(timeout=timeout):
+        raise ServerStateError("another thread is still starting or stopping this server")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 async def _close_http(http: FrontServer) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
@@ -934,14 +985,13 @@ def _stop_all() -> None:
 
 
 def _close_in_child() -> None:
-    """A forked child must not keep the parent's port and connections open."""
+    """A forked child must not keep the parent's port and connections open, nor wait for its threads."""
+    _turns.clear()
     for server in list(_running):
         for listener in server._listeners:
             os.close(listener.detach())
-        for namespace in server._site.namespaces.values():
-            for socket in (*namespace.sockets.values(), *namespace.leaving):
-                socket._connection.channel.close_in_child()
-            namespace.forget_everybody()
+        server._forget_connections()
+        server._lock = threading.RLock()
         # Nor may it try to stop what only the parent has.
         if server._door is not None:
             server._door.shut_in_child()

@@ -210,10 +210,11 @@ class Site:
 
     # -- taking over from another site, as a notebook cell does when it is run again
 
-    async def take_over(self, old: Site, door: LoopDoor) -> Remains:
+    async def take_over(self, old: Site, door: LoopDoor, check: Callable[[], None]) -> Remains:
         """Take the place of ``old``, behind the same door. Whatever fails before the switch leaves that as it was.
 
-        The clients of namespaces that both have pass over. What is left of ``old`` is returned, for `bury`.
+        ``check`` may raise right before it. The clients of namespaces that both have pass over. What is left of
+        ``old`` is returned, for `bury`.
         """
         self.build()
         if old.cluster is not None and old._transport == self._transport:
@@ -229,6 +230,11 @@ class Site:
             self.ulak.open(door, [namespace])
         try:
             await self.container.start(running=old.container)
+            try:
+                check()
+            except BaseException:
+                await self.container.stop(successor=old.container)
+                raise
         except BaseException:
             if cluster is not None and cluster is not old.cluster:
                 await cluster.stop()
@@ -293,6 +299,11 @@ async def _close_sockets(
     try:
         async with asyncio.timeout_at(deadline):
             await gone.wait()
+    except asyncio.CancelledError:
+        for namespace in namespaces:
+            for socket in namespace.leaving + list(namespace.sockets.values()):
+                socket._connection.cut_off()
+        raise
     except TimeoutError:
         left = [socket for namespace in namespaces for socket in namespace.leaving]
         log.warning("%s sockets did not go in time and are cut off", len(left))

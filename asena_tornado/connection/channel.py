@@ -61,7 +61,7 @@ class Channel(Protocol):
     def finish(self) -> None: ...
     def shut(self) -> None: ...
     def abort(self) -> None: ...
-    def close_in_child(self) -> None: ...
+    def give_up(self) -> None: ...
 
 
 class SocketChannel:
@@ -230,8 +230,9 @@ class SocketChannel:
         """The socket's descriptor; -1 when it is closed."""
         return self._fd
 
-    def close_in_child(self) -> None:
-        """In a forked child: give the descriptor up without touching the parent's connection."""
+    def give_up(self) -> None:
+        """Close the descriptor and nothing else: in a forked child, where the connection is the parent's, or without a
+        loop."""
         os.close(self._sock.detach())
 
     def _lost(self, error: Exception | None) -> None:
@@ -262,8 +263,9 @@ class StreamChannel:
 
     send: Callable[[bytes], int] | None = None  # there is more to do than to send
 
-    def __init__(self, stream: IOStream) -> None:
+    def __init__(self, stream: IOStream, ledger: Ledger) -> None:
         self._stream = stream
+        self._ledger = ledger
         self._owner: ChannelOwner | None = None
         self._task: asyncio.Task[None] | None = None
         self._may_read = asyncio.Event()
@@ -308,6 +310,7 @@ class StreamChannel:
             return
         if not future.done():
             self.waiting += len(data)
+            self._ledger.owe_copy(len(data))
             self._unsent.append(len(data))
             future.add_done_callback(self._written)
         elif future.exception() is not None:
@@ -320,7 +323,9 @@ class StreamChannel:
         # Also marks an exception as seen: that the stream is closed is told by its close callback.
         if future.cancelled() or future.exception() is not None or self._gone:
             return
-        self.waiting -= self._unsent.popleft()
+        size = self._unsent.popleft()
+        self.waiting -= size
+        self._ledger.settle_copy(size)
         if self._owner is not None:
             self._owner.channel_progressed()
             if not self.waiting:
@@ -354,14 +359,16 @@ class StreamChannel:
         """The socket's descriptor; -1 when it is closed."""
         return -1 if self._gone or self._stream.closed() else self._stream.socket.fileno()
 
-    def close_in_child(self) -> None:
-        """In a forked child: give the descriptor up without touching the parent's connection."""
+    def give_up(self) -> None:
+        """Close the descriptor and nothing else: in a forked child, where the connection is the parent's, or without a
+        loop."""
         os.close(self._stream.socket.detach())
 
     def _closed(self) -> None:
         if self._gone:
             return
         self._gone = True
+        self._ledger.settle_copy(self.waiting)
         self.waiting = 0
         if self._task is not None:
             self._task.cancel()

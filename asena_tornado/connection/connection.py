@@ -124,7 +124,7 @@ class Connection:
         self._overflowing = False
         self._stalled = False
         self._stopping = False
-        self._retiring: tuple[int, str, float] | None = None
+        self._retiring: tuple[int, str, float, float] | None = None  # code, reason, patience, and until when
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._close_timer: asyncio.TimerHandle | None = None
@@ -315,7 +315,7 @@ class Connection:
     @property
     def paused(self) -> bool:
         """Whether it is we who do not read, because the handler is behind."""
-        return self._parser.waiting
+        return self._parser.waiting or self._retiring is not None
 
     @property
     def held_bytes(self) -> int:
@@ -393,7 +393,7 @@ class Connection:
         if self.state is not ReadyState.OPEN or self._retiring is not None:
             self.close(code, reason, patience=patience)
             return
-        self._retiring = code, reason, patience
+        self._retiring = code, reason, patience, self._loop.time() + grace
         self._parser.held = True
         self.channel.pause()
         if self._wake is not None and not self._inbox:
@@ -407,7 +407,7 @@ class Connection:
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None
-        code, reason, patience = self._retiring
+        code, reason, patience, _ = self._retiring
         self.close(code, reason, patience=patience)
 
     def terminate(self) -> None:
@@ -416,6 +416,8 @@ class Connection:
 
     def cut_off(self) -> None:
         """Out of time: abort, and cancel whatever handler still runs."""
+        if self._retiring is not None and self._code is None:
+            self._code, self._reason = self._retiring[:2]
         self.channel.abort()
         if self._task is not None:
             self._task.cancel()
@@ -484,18 +486,17 @@ class Connection:
                 self._wake.set_result(None)
             self._wake = None
         elif not self._stopping and self._task is not None:
-            # Whoever is being retired has had that time already.
-            grace = self._options.handler_grace if self._retiring is None else 0.0
+            grace = self._options.handler_grace
+            if self._retiring is not None:
+                grace = max(0.0, self._retiring[3] - self._loop.time())  # what is left of it
+                if self._grace_timer is not None:
+                    self._grace_timer.cancel()
             self._grace_timer = self._loop.call_later(grace, self._cancel_handler)
         self._stopping = True
 
     def _cancel_handler(self) -> None:
         if self._task is not None:
-            log.warning(
-                "%s: a handler is cancelled: it went on for %s s after its client had gone",
-                self.socket,
-                self._options.handler_grace,
-            )
+            log.warning("%s: a handler is cancelled, as its client is gone and handler_grace is over", self.socket)
             self._task.cancel()
 
     # -- the service's side: one task, one message at a time
@@ -543,10 +544,10 @@ class Connection:
                     # A chunk may hold thousands of messages: others get their turn in between.
                     await asyncio.sleep(0)
                     self._release()
-            if self._stopping:
-                return
             if self._retiring is not None and self.state is ReadyState.OPEN:
                 self._retire()
+            if self._stopping:
+                return
             self._wake = self._loop.create_future()
             await self._wake
 

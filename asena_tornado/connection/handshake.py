@@ -559,7 +559,7 @@ def _take_over(
         raise StreamClosedError
     stream.set_nodelay(True)
     if isinstance(stream, SSLIOStream) or not hasattr(loop, "add_reader"):
-        channel = StreamChannel(stream)
+        channel = StreamChannel(stream, ledger)
         channel.write(answer)
         return channel, b""
     # A partial read gives what the stream has buffered, in one piece. To ask in vain would register with the poller,

@@ -72,8 +72,11 @@ class Keepalive:
                 connection.close(1001, "idle timeout")
         for connection in _ended(unread):
             connection.peer_gone()
-        self._ledger.watch(self, self._holders, inbound)
-        self._timer = self._loop.call_later(self._period, self._sweep) if self._connections else None
+        if self._connections:  # some may have gone just now
+            self._ledger.watch(self, self._holders, inbound)
+            self._timer = self._loop.call_later(self._period, self._sweep)
+        else:
+            self._timer = None
 
 
 # What tells that the peer has sent its last byte; macOS has only one of these, Windows cannot tell.

@@ -22,6 +22,11 @@ class Holder(Protocol):
         """What waits because of it, both ways."""
         ...
 
+    @property
+    def unhandled_bytes(self) -> int:
+        """What has come from it and waits for a handler."""
+        ...
+
     def shed(self) -> None:
         """Give all of that up, and the connection with it."""
         ...
@@ -67,6 +72,16 @@ class Ledger:
             del self._shared[id(data)]
             self.outbound -= size
 
+    def owe_copy(self, size: int) -> None:
+        """So many bytes wait that are one client's alone."""
+        self.outbound += size
+        if self.outbound > self.limit:
+            self._look_soon()
+
+    def settle_copy(self, size: int) -> None:
+        """They wait no longer."""
+        self.outbound -= size
+
     def watch(self, who: object, holders: Callable[[], Iterable[Holder]], inbound: int) -> None:
         """Note how many bytes from ``holders`` wait for handlers; to be called anew now and then."""
         self._holders[who] = holders
@@ -92,15 +107,18 @@ class Ledger:
 
     def _look(self) -> None:
         self._scheduled = False
+        each = [(holder.held_bytes, who, holder) for who, holders in self._holders.items() for holder in holders()]
+        # What came in may have been handled since it was counted.
+        self._inbound = dict.fromkeys(self._holders, 0)
+        for _, who, holder in each:
+            self._inbound[who] += holder.unhandled_bytes
         excess = self.total - self.limit
-        if excess <= 0:
-            return
-        each = [(holder.held_bytes, holder) for holders in self._holders.values() for holder in holders()]
-        each.sort(key=lambda pair: pair[0], reverse=True)
+        each.sort(key=lambda entry: entry[0], reverse=True)
         gone = 0
-        for held, holder in each:
+        for held, who, holder in each:
             if not held or self.total <= self.limit:
                 break
+            self._inbound[who] -= holder.unhandled_bytes
             holder.shed()
             gone += 1
         if not gone:

@@ -274,6 +274,10 @@ class LoopThread:
             while not self._stopping:
                 try:
                     self.loop.run_forever()
+                except Exception:
+                    # No callback's, as those are caught before: the loop itself cannot go on.
+                    log.exception("the server's loop is broken, and ends")
+                    break
                 except BaseException as error:
                     log.exception("%s in a callback of the server's loop, which goes on", type(error).__name__)
                 else:
@@ -291,13 +295,19 @@ class LoopThread:
         """Run on the loop and wait; a wait that is interrupted, or over ``timeout`` seconds, cancels it."""
         return in_empty_context(lambda: _wait(work, self.loop, timeout))
 
-    def stop(self, *, timeout: float = 5.0) -> None:
-        """End the loop and the thread; waits ``timeout`` seconds at most, and not at all on the thread itself."""
+    def stop(self, *, timeout: float = 5.0) -> bool:
+        """End the loop and the thread; waits ``timeout`` seconds at most, and not at all on the thread itself.
+
+        Whether the thread has ended, or is the caller's.
+        """
         self._stopping = True  # also for a thread whose start was interrupted, and which is only about to run
         with contextlib.suppress(RuntimeError, AttributeError):  # it has ended already, or never began
             self.loop.call_soon_threadsafe(self.loop.stop)
-        if threading.current_thread() is not self._thread and self._thread.is_alive():
+        if self.current:
+            return True
+        if self._thread.is_alive():
             self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     @property
     def current(self) -> bool:
