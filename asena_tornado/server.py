@@ -192,7 +192,9 @@ class AsenaServer:
     def _notice_the_end(self) -> None:
         """A loop that has ended without a stop has taken the server along: say so, and give back what it had."""
         door = self._door
-        if self._state not in ("starting", "running", "stopping") or door is None or not door.loop.is_closed():
+        if self._state not in ("starting", "running", "stopping") or door is None:
+            return
+        if not door.loop.is_closed() and (self._thread is None or not self._thread.ended):
             return
         if not self._lock.acquire(blocking=False):
             return  # somebody starts or stops it just now, and will see

@@ -4,8 +4,10 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import os
 import queue
 import random
+import resource
 import signal
 import ssl
 import sys
@@ -292,6 +294,44 @@ def test_a_plain_script_shows_what_its_handlers_raise() -> None:
     assert complaints.startswith("ChatSocket.on_message raised ValueError: of the user (<Socket ")
     assert "in on_message\nValueError: of the user\n" in complaints
     assert "secret" not in complaints
+
+
+def test_asking_for_the_state_changes_nothing_while_a_server_starts_again() -> None:
+    """Its last loop is closed then, and the next one is not there yet."""
+    server = AsenaServer(echo_of(), port=0)
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            assert server.state in ("new", "starting", "running", "stopping", "stopped")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(50):
+            server.start()
+            server.stop()
+    finally:
+        over.set()
+        asking.join()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_loop_that_is_broken_ends_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    server = AsenaServer(echo_of(), port=0, loop="asyncio").start()
+    loop: Any = server._open_door().loop
+    loop._selector.close()
+    loop.call_soon_threadsafe(int)
+    while server.state != "stopped":
+        time.sleep(0.001)
+    assert "the server's loop is broken, and ends" in caplog.text
+    with pytest.raises(ServerStateError):
+        server.call(int)
+    with server.start():
+        assert server.call(lambda: 1) == 1
+    del loop
+    caplog.clear()
+    gc.collect()  # a loop that cannot be closed is complained about here, and not in another test
 
 
 # -- stopping has a limit
@@ -719,6 +759,75 @@ async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         namespace.in_("now it can be sent")
 
 
+def test_who_waits_for_handlers_too_much_goes_alone(wires: Any) -> None:
+    """Others have something waiting as well, and are no slower for it."""
+    go_on = asyncio.Event()
+
+    async def on_message(self: Any, ws: Socket, message: bytes) -> None:
+        await go_on.wait()
+        ws.send(b"done")
+
+    options = WebSocketOptions(ping_interval=0.05, ping_timeout=None, max_queued_bytes=1 << 30, handler_grace=0.05)
+    with running(echo_of(on_message=on_message), options=options, max_buffered_bytes=3_000_000) as server:
+        others = [wires.connect(server, "/echo") for _ in range(5)]
+        for other in others:
+            other.send(b"first")
+            other.send(b"second")
+        greedy = wires.connect(server, "/echo")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(5):
+                greedy.send(bytes(1_000_000))
+        service: Any = server.namespaces["/echo"].hooks.service
+        assert service.left.get(timeout=10) == 1013
+        server.call(go_on.set)
+        for other in others:
+            assert [other.read(), other.read()] == [b"done", b"done"]
+
+
+def test_the_servers_limit_holds_for_tls_as_well(wires: Any, tls_contexts: tuple[Any, Any]) -> None:
+    options = WebSocketOptions(max_buffered_bytes=100_000_000, ping_interval=0.05)
+    with running(echo_of(), options=options, max_buffered_bytes=5_000_000, ssl_options=tls_contexts[0]) as server:
+        client = wires.connect(server, "/echo", tls=tls_contexts[1], receive_buffer=4096)
+        namespace = server.namespaces["/echo"]
+        ledger = namespace.outbox.ledger  # type: ignore[union-attr]
+        for _ in range(10):
+            namespace.in_(bytes(1_000_000))
+        service: Any = namespace.hooks.service
+        assert service.left.get(timeout=10) == 1013
+        assert server.call(lambda: ledger.outbound) == 0
+        client.rest()
+
+
+@pytest.mark.parametrize("how", ["leaves", "is silent"])
+def test_a_handler_keeps_its_time_while_the_server_drains(wires: Any, how: str) -> None:
+    """Also when its client leaves meanwhile, or when nothing is heard of it because we do not read."""
+    begun, saved = threading.Event(), threading.Event()
+
+    async def on_message(self: Any, ws: Socket, message: str) -> None:
+        begun.set()
+        await asyncio.sleep(0.5)
+        saved.set()
+        ws.send("saved")
+
+    options = WebSocketOptions(handler_grace=10, ping_interval=0.1, ping_timeout=0.2)
+    server = AsenaServer(echo_of(on_message=on_message), port=0, options=options).start()
+    client = wires.connect(server, "/echo")
+    client.send("save")
+    begun.wait(10)
+    stopping = threading.Thread(target=server.stop)
+    stopping.start()
+    while server.state != "stopping":
+        time.sleep(0.001)
+    if how == "leaves":
+        client.reset()
+    else:
+        assert client.read() == "saved"
+        assert client.close_code() == 1001
+        client.close(1001)
+    stopping.join()
+    assert saved.is_set()
+
+
 # -- a re-run that fails
 
 
@@ -747,6 +856,136 @@ async def test_a_re_run_that_cannot_work_leaves_everything_as_it_was(wires: Any,
     with pytest.raises(ConfigurationError, match="is no address: write it like"):
         AsenaServer(echo_of(), Component, port=0, public_url="example.com").start(hosting=hosting)
     assert log.count("start") == log.count("stop")
+
+
+@pytest.mark.parametrize("why", ["interrupted", "stopped meanwhile", "no descriptors"])
+def test_a_re_run_that_ends_before_the_switch_leaves_everything_as_it_was(wires: Any, why: str) -> None:
+    log: list[str] = []
+    go_on, begun = threading.Event(), threading.Event()
+
+    @Service
+    class Slow:
+        async def on_start(self) -> None:
+            log.append("start")
+            begun.set()
+            if why == "interrupted":
+                go_on.wait(20)  # what is interrupted goes on from here without a word from the loop
+            else:
+                await asyncio.to_thread(go_on.wait, 20)
+
+        def on_stop(self) -> None:
+            log.append("stop")
+
+    old = AsenaServer(echo_of(), port=0).start()
+    client = wires.connect(old, "/echo")
+    new = AsenaServer(echo_of(), Slow, port=old.port)
+    main = threading.get_ident()
+
+    def interfere() -> None:
+        begun.wait(20)
+        if why == "interrupted":
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.1)
+        else:
+            door = old._open_door()
+            door.loop.call_soon_threadsafe(old._close_soon, 1)
+        go_on.set()
+
+    if why == "no descriptors":
+        go_on.set()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                new.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    else:
+        interfering = threading.Thread(target=interfere)
+        interfering.start()
+        with pytest.raises(KeyboardInterrupt if why == "interrupted" else ServerStateError):
+            new.start()
+        interfering.join()
+    assert new.state == "stopped"
+    if why == "stopped meanwhile":
+        old.stop()
+        assert client.close_code() == 1001
+    else:
+        client.echo()
+        assert old.state == "running"
+        old.stop()
+    assert log.count("start") == log.count("stop")
+    assert f"asena-{old.port}" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_an_interrupt_while_components_are_built_leaves_no_port_open() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    @Service
+    class Slow:
+        def __init__(self) -> None:
+            begun.set()
+            go_on.wait(20)
+
+    server = AsenaServer(echo_of(), Slow, port=0)
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        begun.wait(20)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        go_on.set()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    interrupting.join()
+    assert (server.state, server._listeners) == ("stopped", [])
+    with server.start():
+        assert server.state == "running"
+
+
+async def test_re_runs_on_one_loop_take_turns() -> None:
+    """The one that began last is the one that serves in the end."""
+
+    @Service
+    class Slow:
+        async def on_start(self) -> None:
+            await asyncio.sleep(0.05)
+
+        async def on_stop(self) -> None:
+            await asyncio.sleep(0.05)
+
+    first = AsenaServer(echo_of(), Slow, port=0).start(hosting="kernel")
+    while first.state == "starting":  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    later = [AsenaServer(echo_of(), Slow, port=first.port).start(hosting="kernel") for _ in range(3)]
+    while later[-1].state == "starting":  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert [server.state for server in (first, *later)] == ["replaced"] * 3 + ["running"]
+    async with await connect(first.url("/echo")) as client:
+        await client.send("hello")
+        assert await client.recv() == "hello"
+    await later[-1].aclose()
+
+
+def test_starting_another_server_on_the_port_from_on_start_is_an_error_and_no_deadlock() -> None:
+    errors: list[BaseException] = []
+
+    @Service
+    class StartsAnother:
+        def on_start(self) -> None:
+            try:
+                AsenaServer(echo_of(), port=port).start()
+            except ServerStateError as error:
+                errors.append(error)
+
+    with AsenaServer(port=0).start() as probe:
+        port = probe.port
+    with AsenaServer(StartsAnother, port=port).start() as server:
+        assert server.state == "running"
+    assert "still starting or stopping on port" in str(errors[0])
 
 
 # -- at the same time

@@ -244,6 +244,7 @@ class LoopThread:
         self.loop: asyncio.AbstractEventLoop
         self.door: LoopDoor
         self._kind: LoopKind = kind
+        self.ended = False  # the loop runs no more, and never will
         self._ready = threading.Event()
         self._stopping = False
         self._failure: BaseException | None = None
@@ -269,6 +270,7 @@ class LoopThread:
             self._ready.set()
             return
         asyncio.set_event_loop(self.loop)
+        broken = False
         self._ready.set()
         try:
             while not self._stopping:
@@ -277,6 +279,7 @@ class LoopThread:
                 except Exception:
                     # No callback's, as those are caught before: the loop itself cannot go on.
                     log.exception("the server's loop is broken, and ends")
+                    broken = True
                     break
                 except BaseException as error:
                     log.exception("%s in a callback of the server's loop, which goes on", type(error).__name__)
@@ -285,11 +288,14 @@ class LoopThread:
                         log.error("a callback has stopped the server's loop, which goes on: use server.stop()")
         finally:
             try:
-                self.loop.run_until_complete(_cancel_others())
-                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+                if not broken:
+                    self.loop.run_until_complete(_cancel_others())
+                    self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             finally:
                 asyncio.set_event_loop(None)
-                self.loop.close()
+                self.ended = True
+                with contextlib.suppress(*((Exception,) if broken else ())):
+                    self.loop.close()
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, R]], *, timeout: float | None = None) -> R:
         """Run on the loop and wait; a wait that is interrupted, or over ``timeout`` seconds, cancels it."""
