@@ -236,6 +236,9 @@ class Origins:
         return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == host.lower()
 
 
+_KNOWN_HOSTS = 100  # that are remembered
+
+
 class Hosts:
     """The names by which requests may call the server, in their header ``Host``.
 
@@ -252,6 +255,7 @@ class Hosts:
         self._allowed = None if allowed is None else tuple(map(_hostname, allowed))
         self._own: frozenset[str] = frozenset()
         self._restricted = allowed is not None
+        self._known: set[str] = set()  # hosts as they came that were accepted: looking closely takes its time
 
     def serve(self, own: Iterable[str | None], *, listeners: Iterable[str], anywhere: bool) -> None:
         """Say what is served: under its ``own`` names, on the addresses of its ``listeners``.
@@ -259,12 +263,17 @@ class Hosts:
         Unless a list was given, that is restricted on loopback addresses, but not when browsers may come from
         ``anywhere`` by names that cannot be known.
         """
+        self._known.clear()
         self._own = frozenset(_hostname(name) for name in own if name)
         self._restricted = self._allowed is not None or (not anywhere and all(map(is_loopback, listeners)))
 
     def check(self, host: str) -> None:
         """Refuse a request to a host that is not accepted; ``host`` may have a port."""
-        if not self._restricted or self._accepts(_hostname(host)):
+        if not self._restricted or host in self._known:
+            return
+        if self._accepts(_hostname(host)):
+            if len(self._known) < _KNOWN_HOSTS:
+                self._known.add(host)
             return
         name = repr(host if len(host) <= 100 else host[:99] + "…")
         log.warning("refused a request to the host %s", name)
