@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -234,6 +235,31 @@ def test_a_buffer_can_change_its_size_after_an_error() -> None:
         except BlockingIOError:
             buffer.extend(b"more")
     assert len(buffer) == 14
+
+
+@needs_posix
+def test_an_error_keeps_neither_what_was_sent_nor_the_buffer() -> None:
+    """Somebody may keep the error for long, as Tornado's streams do."""
+
+    class Bytes(bytearray):
+        pass
+
+    buffer, data = Bytes(10), Bytes(10)
+    gone = [weakref.ref(buffer), weakref.ref(data)]
+    errors: list[OSError] = []
+    with contextlib.closing(Pair(held=True)) as pair:
+        try:
+            pair.end.recv_into(buffer)
+        except BlockingIOError as error:
+            errors.append(error)
+        pair.peer.close()
+        try:
+            pair.end.send(data)
+        except BrokenPipeError as error:
+            errors.append(error)
+    del buffer, data
+    assert len(errors) == 2
+    assert [ref() for ref in gone] == [None, None]
 
 
 @needs_posix

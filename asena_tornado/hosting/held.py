@@ -60,6 +60,12 @@ def _load() -> Any:
 libc: Any = _load()
 
 
+@functools.lru_cache(maxsize=16)
+def _array(size: int) -> Any:
+    """The type of so many bytes. ctypes forgets the type along with its last instance, and making one costs a class."""
+    return ctypes.c_char * size
+
+
 def _last_error() -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
@@ -96,6 +102,7 @@ class HeldSocket(socket.socket):
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().send(data)  # which knows what signal handlers are owed
+            del data  # which the traceback would keep
             raise _last_error()
         return size
 
@@ -136,10 +143,11 @@ class HeldSocket(socket.socket):
             return super().recv_into(buffer, nbytes)  # which says what is wrong
         place = ctypes.byref(ctypes.c_char.from_buffer(buffer))
         size: int = libc.recv(self, place, min(nbytes or room, _MAX_LENGTH), _RECV_FLAGS)
-        del place  # or the traceback of an error would keep the buffer from changing its size
+        del place
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
                 return super().recv_into(buffer, nbytes)
+            del buffer  # which the traceback would keep, and keep from changing its size
             raise _last_error()
         return size
 
@@ -149,7 +157,7 @@ class HeldSocket(socket.socket):
             return super().accept()
         if self.fileno() >= 0 and os.get_blocking(self.fileno()):
             super().setblocking(False)  # another process has made it blocking
-        place = ctypes.create_string_buffer(128)
+        place = _array(128)()
         length = ctypes.byref(ctypes.c_int(128))
         fd = libc.accept4(self, place, length, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         if fd < 0:
@@ -363,6 +371,6 @@ def random_bytes(size: int) -> bytes:
     """As ``os.urandom``."""
     if libc is None or not hasattr(libc, "getrandom"):
         return os.urandom(size)
-    buffer = ctypes.create_string_buffer(size)
+    buffer = _array(size)()
     # Never in part, and never waiting, once the system has booted: getrandom(2).
     return buffer.raw if libc.getrandom(buffer, size, 0) == size else os.urandom(size)
