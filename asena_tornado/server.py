@@ -115,7 +115,7 @@ class AsenaServer:
         inspector_path: str | None = None,
         inspector_read_only: bool = False,
         loop: LoopKind = "auto",
-        switch_interval: float | None = 0.0002,  # seconds
+        switch_interval: float | None = 0.00002,  # seconds
     ) -> None:
         if isinstance(allowed_origins, str):
             raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")

@@ -34,7 +34,7 @@ from asena_tornado import (
 from asena_tornado.hosting import held
 from asena_tornado.hosting.switching import SwitchInterval
 
-SHORT = 0.0002  # seconds, as is the default of AsenaServer
+SHORT = 0.00002  # seconds, as is the default of AsenaServer
 
 
 @WebSocket("/echo")
@@ -102,7 +102,7 @@ def test_a_start_that_fails_leaves_it_alone(interval: float) -> None:
     assert sys.getswitchinterval() == interval
 
 
-@pytest.mark.parametrize("seconds", [0.0001, 0.00002])
+@pytest.mark.parametrize("seconds", [0.00001, 0.000005])
 def test_a_shorter_one_of_the_users_is_respected(interval: float, seconds: float) -> None:
     sys.setswitchinterval(seconds)
     try:

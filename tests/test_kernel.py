@@ -303,7 +303,7 @@ def test_the_switch_interval_and_the_threads_are_as_before_afterwards(kernel: Ke
     before = kernel.run(state)
     assert before.startswith("0.005 ")
     kernel.start()
-    assert float(kernel.run(state).split()[0]) == pytest.approx(0.0002)
+    assert float(kernel.run(state).split()[0]) == pytest.approx(0.00002)
     kernel.run("server.stop()")
     assert kernel.run(state) == before
     kernel.start(hosting="kernel")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureError, ConfigurationError, ServerStateError, must_propagate
-from .held import HeldLoop
+from .held import HeldLoop, wait_precisely
 from .kernel import in_cell, waking, why_not_nested
 
 log = logging.getLogger("asena_tornado")
@@ -270,6 +270,7 @@ class LoopThread:
             self._ready.set()
             return
         asyncio.set_event_loop(self.loop)
+        wait_precisely()
         broken = False
         self._ready.set()
         try:

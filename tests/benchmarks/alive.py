@@ -44,6 +44,7 @@ DOCUMENT = "json.dumps([{'id': i, 'name': f'{i}', 'tags': ['a', 'b']} for i in r
 CELLS: dict[str, tuple[str, str]] = {
     "sleep": ("", "time.sleep(0.01)"),
     "pure": ("", "sum(i * i for i in range(1_000))"),
+    "often": ("import os", "sum(i * i for i in range(1_000)); os.stat(chr(46))"),
     "stat": ("import os", "sum(i * i for i in range(300)); os.stat('.')"),
     "waitpid": (
         "import os, subprocess; child = subprocess.Popen(['sleep', '1000'])",
