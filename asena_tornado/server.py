@@ -40,6 +40,7 @@ from .hosting import (
     hold,
     in_cell,
     in_empty_context,
+    interruptible,
     listen,
     new_event_loop,
     reach,
@@ -700,7 +701,8 @@ class AsenaServer:
                 lambda: asyncio.run_coroutine_threadsafe(self._aclose(timeout, patience), door.loop)
             )
             try:
-                stopping.result(max(0.0, deadline - time.monotonic()))
+                with interruptible():
+                    stopping.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 self._leave_behind(timeout, door)
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import concurrent.futures
 import contextlib
@@ -11,7 +12,8 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from time import monotonic
 from typing import Any, Literal, TypeVar
 
 from ..errors import BackpressureError, ConfigurationError, ServerStateError, must_propagate
@@ -38,7 +40,8 @@ class LoopDoor:
         self.thread = threading.get_ident()
         self._posted: deque[tuple[Callable[..., object], tuple[Any, ...], int]] = deque()
         self._weight = 0  # bytes that are posted
-        self._room = threading.Condition()  # for `_weight`; notified when there is room again
+        self._lock = threading.Lock()  # for `_weight`
+        self._room = threading.Condition(self._lock)  # notified when there is room again
         self._woken = False
         self._shut = False
 
@@ -58,7 +61,7 @@ class LoopDoor:
             function(*args)
             return
         size += _CALL_SIZE
-        with self._room:
+        with self._lock:  # not `_room`: an interrupt in its __enter__ would leave the lock taken
             if self._weight > MAX_POSTED:
                 self._wait_for_room()
             self._weight += size
@@ -163,7 +166,8 @@ class LoopDoor:
 
     def shut_in_child(self) -> None:
         """The same in a forked child, where a thread that is not there may have held the lock."""
-        self._room = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self.shut()
 
     @property
@@ -175,37 +179,55 @@ class LoopDoor:
 def _wait(work: Callable[[], Coroutine[Any, Any, R]], loop: asyncio.AbstractEventLoop, timeout: float | None) -> R:
     """Run on the loop and wait; whatever ends the wait early cancels the work.
 
-    An interrupt may strike between any two lines, also before there is a future to cancel: hence the bookkeeping.
+    An interrupt may strike between any two lines here. A plain lock stands it; `threading.Condition`, and so a
+    concurrent future, may stay locked for ever.
     """
     given_up = False
-    tasks: list[asyncio.Task[Any] | None] = []
+    task: asyncio.Task[R | _Raised] | None = None
+    done = threading.Lock()
+    done.acquire()
 
-    async def run() -> R:
-        if given_up:
-            raise asyncio.CancelledError
-        tasks.append(asyncio.current_task())
-        return await work()
+    def begin() -> None:
+        nonlocal task
+        if not given_up:
+            task = loop.create_task(_boxed(work))
+            task.add_done_callback(lambda _: done.release())
 
     def give_up() -> None:
         nonlocal given_up
         given_up = True
-        for task in tasks:
-            if task is not None:
-                task.cancel()
+        if task is not None:
+            task.cancel()
 
-    future: concurrent.futures.Future[R | _Raised] | None = None
+    deadline = None if timeout is None else monotonic() + timeout
     try:
-        future = asyncio.run_coroutine_threadsafe(_boxed(run), loop)
-        return _unboxed(future.result(timeout))
-    except BaseException as error:
-        if future is not None and future.done():
-            raise  # by the work itself
+        loop.call_soon_threadsafe(begin)
+        while not done.acquire(timeout=1.0 if deadline is None else max(0.0, min(1.0, deadline - monotonic()))):
+            if loop.is_closed():
+                raise ServerStateError("the server's event loop has ended before this was done")
+            if deadline is not None and monotonic() >= deadline:
+                raise TimeoutError(f"the server's loop did not answer within {timeout} s: is a handler blocking it?")
+    except BaseException:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the work with it
             loop.call_soon_threadsafe(give_up)
-        if isinstance(error, TimeoutError):
-            raise TimeoutError(
-                f"the server's loop did not answer within {timeout} s: is a handler blocking it?"
-            ) from None
+        raise
+    assert task is not None
+    if task.cancelled():
+        raise concurrent.futures.CancelledError  # asyncio's would not be an Exception; there is no task here to cancel
+    return _unboxed(task.result())
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise an interrupt as what it is.
+
+    One that strikes while `threading.Condition` takes its lock back comes out as a RuntimeError about that lock.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise
 
 
@@ -245,7 +267,8 @@ class LoopThread:
         self.door: LoopDoor
         self._kind: LoopKind = kind
         self.ended = False  # the loop runs no more, and never will
-        self._ready = threading.Event()
+        self._ready = threading.Lock()  # taken until the loop runs, or cannot
+        self._ready.acquire()
         self._stopping = False
         self._failure: BaseException | None = None
         # A daemon, because any other thread would delay the kernel's shutdown and keep atexit from running.
@@ -254,8 +277,9 @@ class LoopThread:
 
     def start(self) -> LoopThread:
         """Start the thread; returns once its loop runs. Raises `ConfigurationError` for a loop that is not there."""
-        self._thread.start()
-        self._ready.wait()
+        # By yet another thread, as an interrupt in `Thread.start` may leave one that hangs before it has begun.
+        _thread.start_new_thread(self._thread.start, ())
+        self._ready.acquire()
         if self._failure is not None:
             raise self._failure
         return self
@@ -267,12 +291,12 @@ class LoopThread:
             self.door = LoopDoor(self.loop)
         except BaseException as error:
             self._failure = error
-            self._ready.set()
+            self._ready.release()
             return
         asyncio.set_event_loop(self.loop)
         wait_precisely()
         broken = False
-        self._ready.set()
+        self._ready.release()
         try:
             while not self._stopping:
                 try:
@@ -313,7 +337,8 @@ class LoopThread:
         if self.current:
             return True
         if self._thread.is_alive():
-            self._thread.join(timeout)
+            with interruptible():
+                self._thread.join(timeout)
         return not self._thread.is_alive()
 
     @property
