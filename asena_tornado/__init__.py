@@ -29,6 +29,7 @@ from .errors import (
 )
 from .events import HandlerError
 from .http import Context, Middleware, MiddlewareService, Next, Response
+from .inspector import Inspector
 from .middlewares import RateLimit, RequestLog, TokenAuth
 from .namespace import Addressed
 from .options import WebSocketOptions
@@ -36,6 +37,8 @@ from .server import AsenaServer
 from .service import AsenaWebSocketService, WebSocket
 from .sockets import ReadyState, Socket, SocketData
 from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Addressed",
@@ -61,6 +64,7 @@ __all__ = [
     "HookNameWarning",
     "Inject",
     "InjectionError",
+    "Inspector",
     "InvalidMessageError",
     "LocalTransport",
     "Middleware",
@@ -95,6 +99,7 @@ __all__ = [
     "UlakNamespace",
     "WebSocket",
     "WebSocketOptions",
+    "__version__",
     "connect",
     "ulak",
 ]
