@@ -52,9 +52,19 @@ class ControllerSpec:
 def Controller(path: str = "/", *, name: str | None = None, middlewares: Sequence[Any] = ()) -> Callable[[C], C]:
     """Make a class a component whose methods answer HTTP requests below ``path``.
 
-    ``name``: what it is injected by, by default the class's name. ``middlewares``: classes or instances, run in
-    order before each of its methods. The methods bear `Get`, `Post`, `Put`, `Patch` or `Delete`.
-    Raises `ConfigurationError` for a path or class that cannot work.
+        @Controller("/api/orders")
+        class Orders:
+            @Get("/{customer}")
+            def of(self, context: Context):
+                return {"customer": context.params["customer"]}
+
+    Args:
+        path: What the paths of its methods begin with.
+        name: What it is injected by; by default the class's name.
+        middlewares: Classes or instances with ``handle(self, context, next)``, run in order before each of its methods.
+
+    Raises:
+        ConfigurationError: The path, the class or one of its methods cannot work.
     """
     _segments(path, "@Controller")
     chain = listed(middlewares, f"@Controller({path!r})")
@@ -90,11 +100,17 @@ def _verb(method: str) -> _Verb:
         return decorate
 
     decorator.__name__ = decorator.__qualname__ = method.capitalize()
-    decorator.__doc__ = f"""Let a controller's method answer {method} below the controller's path.
+    decorator.__doc__ = f"""Let a controller's method answer {method} requests.
 
-    In ``path``, ``{{name}}`` stands for one part of it: ``"/users/{{id}}"``, found in ``context.params["id"]``.
-    ``middlewares``: classes or instances, run after the controller's. The method, sync or async, takes the
-    `Context` and returns what `Context.send` takes, or a `Response`.
+    The method, sync or async, takes the `Context` and returns a `Response`, or what `Context.send` takes.
+
+    Args:
+        path: What follows the controller's path. ``{{name}}`` stands for one part of it, which is then in
+            ``context.params``: ``"/users/{{id}}"``.
+        middlewares: Classes or instances with ``handle(self, context, next)``, run after the controller's.
+
+    Raises:
+        ConfigurationError: The path or the middleware cannot work.
     """
     return decorator
 

@@ -35,7 +35,10 @@ _UNSET: Any = object()
 class Response:
     """What goes to the client; made by `Context.send` and `Context.json`.
 
-    ``status``; ``body`` (bytes); ``headers``, to which middleware may add: ``response.headers["X-Id"] = "1"``.
+    Attributes:
+        status: The HTTP status, 200 to 599.
+        body: The body, as bytes.
+        headers: The headers. Middleware may add to them: ``response.headers["X-Id"] = "1"``.
     """
 
     __slots__ = ("body", "headers", "status")
@@ -91,10 +94,12 @@ class Refusal(Answered):
 
 
 class Context:
-    """One HTTP request (a handshake, or a call of a controller), as middleware and controllers see it.
+    """One HTTP request, as middleware and controllers see it: a handshake, or a call of a controller.
 
-    ``req``: Tornado's request. ``params``: the parameters of a controller's path. ``state``: a dict that
-    middleware and handler share.
+    Attributes:
+        req: Tornado's ``HTTPServerRequest``.
+        params: The parameters of a controller's path, by their names.
+        state: A dict that middleware and handler share.
     """
 
     __slots__ = ("_query", "_websocket_value", "params", "req", "state")
@@ -114,7 +119,7 @@ class Context:
 
     @property
     def headers(self) -> HTTPHeaders:
-        """The request's headers; names in any case."""
+        """The request's headers; upper and lower case in their names are the same."""
         return self.req.headers
 
     @property
@@ -131,20 +136,41 @@ class Context:
         return token.strip() or None if scheme.lower() == "bearer" else None
 
     def send(self, body: object = None, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
-        """A response, to be returned: str as plain text, bytes as they are, None as nothing (204), else JSON.
+        """Make a response, to be returned.
 
-        A ``Content-Type`` among the headers says it otherwise. Raises `EncodeError` and ``ValueError`` for what
-        cannot be sent.
+        Args:
+            body: ``str`` goes out as plain text, bytes as they are, None as no body (with status 204), anything else as
+                JSON.
+            status: The HTTP status.
+            headers: Headers to add; a ``Content-Type`` among them replaces the one for the type of ``body``.
+
+        Raises:
+            EncodeError: ``body`` cannot be written as JSON.
+            ValueError: The status is out of range, or does not allow this body.
         """
         return make_response(body, status, headers)
 
     def json(self, body: object, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
-        """A response, to be returned, that is JSON whatever the type of ``body``."""
+        """Make a response, to be returned, that is JSON whatever the type of ``body``.
+
+        Args:
+            body: A string becomes a JSON string here; otherwise what `send` takes.
+            status: The HTTP status.
+            headers: Headers to add.
+
+        Raises:
+            EncodeError: ``body`` cannot be written as JSON.
+            ValueError: The status is out of range, or does not allow a body.
+        """
         payload = to_json(body) if isinstance(body, str | bytes) else encode(body).payload
         return Response(status, payload, headers, content_type=JSON)
 
     def set_websocket_value(self, value: object) -> None:
-        """Let this be ``ws.data.values``, instead of the query string; None included. The last call counts."""
+        """Make this ``ws.data.values``, in place of the query string, from which nothing is taken then.
+
+        Args:
+            value: Anything that fits the service's type, None included. The last call counts.
+        """
         self._websocket_value = value
 
     def websocket_value(self, default: T) -> tuple[Any, bool]:
@@ -157,10 +183,17 @@ class Context:
     @overload
     async def get_body(self, model: type[T]) -> T: ...
     async def get_body(self, model: Any = None) -> Any:
-        """The body, parsed as JSON: as a ``model`` (anything that pydantic can validate), or as it is.
+        """Return the request's body, parsed as JSON.
 
-        What is no JSON, or missing, is answered with 400; what ``model`` does not accept with 422 and pydantic's
-        errors, bounded as those of `InvalidMessageError` are. The bytes are ``context.req.body``.
+        A body that is missing or not JSON is answered with 400. One that ``model`` does not accept is answered with 422
+        and pydantic's errors, limited as those of `InvalidMessageError` are. The bytes themselves are
+        ``context.req.body``.
+
+        Args:
+            model: Anything that pydantic can validate. None takes the JSON as it is.
+
+        Returns:
+            The body as a ``model``, or as Python's dicts, lists, strings and numbers.
         """
         body = self.req.body or b""
         if not body.strip():
@@ -320,11 +353,11 @@ def is_loopback(host: str) -> bool:
 
 
 class MiddlewareService:
-    """The base of middleware, for who wants one; the decorator `Middleware` is what matters.
+    """A base class for middleware. It is optional: what counts is the decorator `Middleware`.
 
-    ``handle(context, next)``, sync or async, does one of three things: it lets the request pass with
-    ``await next()``, it answers by returning ``context.send(…)``, or it returns nothing, which refuses with 403.
-    What ``await next()`` gives is the response of those behind it, or None when a handshake may go on.
+    ``handle(context, next)``, sync or async, does one of three things: it lets the request pass with ``return await
+    next()``, it answers by returning ``context.send(…)``, or it returns nothing without calling ``next``, which refuses
+    the request with 403. ``await next()`` returns the response of what comes after, or None when a handshake may go on.
     """
 
     __asena_decorator__ = "@Middleware()"
@@ -342,8 +375,23 @@ def Middleware(name: str | None = None) -> Callable[[C], C]: ...
 def Middleware(name: Any = None) -> Any:
     """Make a class with ``handle(self, context, next)`` middleware, for ``middlewares=[…]``.
 
-    Written ``@Middleware()``, ``@Middleware`` or ``@Middleware("Name")``. Like a `Service` it is built once per
-    server, and other components can be injected into it. Raises `ConfigurationError` without a ``handle``.
+        @Middleware()
+        class Auth(MiddlewareService):
+            async def handle(self, context: Context, next: Next) -> Response | None:
+                if context.bearer_token != "secret":
+                    return context.send({"error": "Unauthorized"}, 401)
+                context.set_websocket_value({"username": "Ann"})
+                return await next()
+
+    Like a `Service`, it is built once per server, and other components can be injected into it. It fails closed: a
+    request that a middleware neither lets pass nor answers is refused with 403, and one in which it raises is answered
+    with 500.
+
+    Args:
+        name: What it is injected by; by default the class's name. ``@Middleware`` without parentheses works, too.
+
+    Raises:
+        ConfigurationError: The class has no ``handle``.
     """
 
     def decorate(cls: C) -> C:

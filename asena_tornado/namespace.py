@@ -98,13 +98,17 @@ class Link(Protocol):
 
 
 class Addressed(int):
-    """How many local sockets are addressed. ``carried``: whether the transport took it for the other nodes."""
+    """How many local sockets are addressed: a number, from a server with a transport.
+
+    Attributes:
+        carried: Whether the transport took the message for the other nodes.
+    """
 
     carried = True
 
 
 class AddressedHere(Addressed):
-    """The same, when the other nodes do not get it: Redis is away, or too slow."""
+    """How many local sockets are addressed, when the other nodes do not get it: Redis is away, or too slow."""
 
     carried = False
 
