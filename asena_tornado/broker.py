@@ -264,7 +264,7 @@ class Ulak:
         """
         if self._namespaces.setdefault(namespace.path, namespace) is not namespace:
             raise UlakError(
-                f"there is another namespace {namespace.path!r} already: call unregister_namespace() with it first",
+                f"another namespace is registered as {namespace.path!r}: call unregister_namespace() with it first",
                 code=UlakErrorCode.NAMESPACE_ALREADY_EXISTS,
                 namespace=namespace.path,
             )
@@ -310,7 +310,7 @@ class Ulak:
             raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=namespace.path) from error
         if not names:
             raise UlakError(
-                "there is no room to send to: the list of rooms is empty; broadcast() reaches everybody",
+                "the list of rooms is empty: name a room, or use broadcast() to reach everybody",
                 code=UlakErrorCode.INVALID_MESSAGE,
                 namespace=namespace.path,
             )
@@ -331,14 +331,14 @@ class Ulak:
                 taken = None
             if taken is None:
                 raise UlakError(
-                    f"no socket of {namespace.path!r} has the id {socket_id!r}; is it connected still?",
+                    f"no socket of {namespace.path!r} has the id {socket_id!r}: it may have disconnected",
                     code=UlakErrorCode.SOCKET_NOT_FOUND,
                     namespace=namespace.path,
                 )
             if not taken:
                 raise UlakError(
-                    f"{socket or socket_id} did not take the message: its client reads too slowly, and all that may "
-                    "wait for it waits already (see WebSocketOptions.max_buffered_bytes)",
+                    f"{socket or socket_id} did not take the message: its client reads too slowly, and as much as "
+                    "may wait for it is waiting already (see WebSocketOptions.max_buffered_bytes)",
                     code=UlakErrorCode.SEND_FAILED,
                     namespace=namespace.path,
                 )
@@ -358,7 +358,7 @@ class Ulak:
         raise UlakError(
             f"an operation of type {operation.type!r} needs {needed}"
             if needed
-            else f"{operation.type!r} is no type of operation; there are 'broadcast', 'room' and 'socket'",
+            else f"{operation.type!r} is not a type of operation: use 'broadcast', 'room' or 'socket'",
             code=UlakErrorCode.INVALID_MESSAGE,
             namespace=operation.namespace,
         )
@@ -487,13 +487,13 @@ def _operation(given: object) -> BulkOperation:
     if isinstance(given, BulkOperation):
         return given
     if not isinstance(given, Mapping):
-        what = f"a bulk operation is a BulkOperation or a mapping with its fields, not {type(given).__name__}"
+        what = f"a bulk operation must be a BulkOperation or a mapping with its fields, not {type(given).__name__}"
         raise UlakError(what, code=UlakErrorCode.INVALID_MESSAGE)
     try:
         return BulkOperation(**{"namespace": None, **given})
     except TypeError as error:
         what = str(error).removeprefix("BulkOperation.__init__() ")
-        raise UlakError(f"no bulk operation: {what}", code=UlakErrorCode.INVALID_MESSAGE) from error
+        raise UlakError(f"not a valid bulk operation: {what}", code=UlakErrorCode.INVALID_MESSAGE) from error
 
 
 def _valid(path: object) -> str:

@@ -85,7 +85,7 @@ class Client:
                 self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
             )
         except TimeoutError:
-            raise TimeoutError(f"{shown_url(self.url)} took nothing for {self._timeout} s") from None
+            raise TimeoutError(f"{shown_url(self.url)} did not take the message within {self._timeout} s") from None
         except WebSocketClosedError:
             raise self._closed() from None
 
@@ -192,7 +192,7 @@ async def connect(
         ValueError: The address is not that of a WebSocket. No text of these errors shows the query string.
     """
     if not url.startswith(("ws://", "wss://")):
-        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {shown_url(url)!r}")
+        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, but this is {shown_url(url)!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )

@@ -85,11 +85,11 @@ def component(
         raise ConfigurationError(f"@{kind} goes above a class, not {cls!r}")
     given: object = name  # whatever the annotation says
     if given is not None and not (isinstance(given, str) and given.strip()):
-        raise ConfigurationError(f"@{kind} on {cls.__name__}: a name is a non-empty string, not {name!r}")
+        raise ConfigurationError(f"@{kind} on {cls.__name__}: a name must be a non-empty string, not {name!r}")
     earlier = component_of(cls)
     if earlier is not None and earlier.kind != kind:
         raise ConfigurationError(
-            f"{cls.__name__} is already a @{earlier.kind} and cannot also be a @{kind}; keep one of the two"
+            f"{cls.__name__} is already a @{earlier.kind} and cannot also be a @{kind}: keep one of the two"
         )
     hooks = (*hooks, *_HOOKS)
     for hook in hooks:
@@ -103,18 +103,18 @@ def needs_self(cls: type[Any], name: str) -> None:
     """Raise `ConfigurationError` for a method that is written like a function."""
     method = inspect.getattr_static(cls, name, None)
     if inspect.isfunction(method) and not inspect.signature(method, follow_wrapped=False).parameters:
-        raise ConfigurationError(f"{cls.__name__}.{name} is a method: its first parameter is self")
+        raise ConfigurationError(f"{cls.__name__}.{name} is a method: its first parameter must be self")
 
 
 def listed(middlewares: Sequence[Any], decorator: str) -> tuple[Any, ...]:
     """What a decorator was given as ``middlewares``. Raises `ConfigurationError` for what cannot be any."""
     given: object = middlewares  # whatever the annotation says
     if not isinstance(given, list | tuple):
-        raise ConfigurationError(f"{decorator}: middlewares is a list, middlewares=[…], not {given!r}")
+        raise ConfigurationError(f"{decorator}: middlewares must be a list, middlewares=[…], not {given!r}")
     for each in given:
         if inspect.isroutine(each) or isinstance(each, functools.partial):
             raise ConfigurationError(
-                f"{decorator}: {getattr(each, '__name__', each)} is a function, and middleware is a class: "
+                f"{decorator}: {getattr(each, '__name__', each)} is a function, but middleware must be a class: "
                 "@Middleware() class Check: async def handle(self, context, next): …"
             )
     return tuple(given)
@@ -131,7 +131,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
         if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
             warnings.warn(
                 f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "
-                "(If it is a method of your own, another name avoids this warning, or one that begins with _)",
+                "(If it is a method of your own, give it another name, or one that begins with _)",
                 HookNameWarning,
                 stacklevel=_outside(),
             )
@@ -260,7 +260,7 @@ class _Injected:
                     f'Inject() takes a component class, a component\'s name or ulak("/path"), not {target!r}'
                 )
         if select is not None and not callable(select):
-            raise InjectionError(f"Inject({_shown(target)}, …) selects with a function, not {select!r}")
+            raise InjectionError(f"Inject({_shown(target)}, …) takes a function as its second argument, not {select!r}")
         self.target: Any = target
         self.select = select
         self._name = "?"
@@ -359,14 +359,14 @@ def _no_component(cls: type[Any], wish: _Wish | None = None) -> InjectionError:
     decorator = getattr(cls, "__asena_decorator__", None)
     if marked is not None:
         what = (
-            f"{cls.__name__} is no component: its base {marked.cls.__name__} is a @{marked.kind}, but a "
+            f"{cls.__name__} is not a component: its base {marked.cls.__name__} is a @{marked.kind}, but a "
             f"subclass needs a decorator of its own; put @{marked.kind} above {cls.__name__}"
         )
     elif isinstance(decorator, str):
-        what = f"{cls.__name__} is no component; put {decorator} above the class"
+        what = f"{cls.__name__} is not a component: put {decorator} above the class"
     else:
         what = (
-            f"{cls.__name__} is no component; put @Service above the class "
+            f"{cls.__name__} is not a component: put @Service above the class "
             '(or @WebSocket("/path"), @Controller("/path"), @Middleware(), as it may be)'
         )
         if wish is not None:
@@ -520,7 +520,9 @@ class _Graph:
         if len(derived) > 1:
             names = ", ".join(node.listed_as.__name__ for node in derived)
             also = f", or list {cls.__name__} too" if component_of(cls) else ""
-            what = f"several listed components are a {cls.__name__}: {names}; inject one of these instead{also}"
+            what = (
+                f"several listed components are of the class {cls.__name__}: {names}; inject one of these instead{also}"
+            )
             raise _error(what, wish)
         return derived[0] if derived else None
 
@@ -569,7 +571,7 @@ class _Graph:
 
         both = f"two components are named {name!r}: {described(first)} and {described(second)}"
         if first.listed_as is second.listed_as:
-            way_out = "a server has one of each: pass it once, or derive a class with a decorator of its own"
+            way_out = "a server has one of each: pass it once, or derive a class and give it a decorator of its own"
         elif _redefined(first.listed_as, second.listed_as):
             way_out = (
                 "the class was defined again after the first was used (a cell re-run, a module reloaded): "
@@ -600,7 +602,7 @@ class _Graph:
         path = " -> ".join([*(f"{node.label}.{name}" for node, name, _ in steps), circle[0].label])
         way_out = (
             "move what both need into a third component, or, where one only sends to the other's sockets, "
-            'write Inject(ulak("/path")), which is no dependency'
+            'write Inject(ulak("/path")), which is not a dependency'
         )
         if len(circle) == 1:
             way_out = f"{circle[0].label} needs no injection to reach itself; use self"
@@ -628,7 +630,7 @@ class _Graph:
         if isinstance(target, type):
             node = self._existing(target, None)
             if node is None:
-                raise InjectionError(f"no component is a {target.__name__}.{self._known()}")
+                raise InjectionError(f"no component is of the class {target.__name__}.{self._known()}")
             return node
         return self._by_override.get(target) if isinstance(target, Hashable) else None
 
@@ -661,7 +663,7 @@ def _check_constructor(cls: type[Any], wish: _Wish | None) -> None:
         if isinstance(parameter.default, _Injected) and parameter.name not in _injected_fields(cls):
             raise InjectionError(
                 f"{cls.__name__}: {parameter.default!r} is the default of the constructor's argument "
-                f"{parameter.name!r}, where nothing is injected; write it in the class body: "
+                f"{parameter.name!r}, where nothing is injected: write it in the class body, "
                 f"{parameter.name} = {parameter.default!r}",
                 component=cls.__name__,
                 field=parameter.name,
@@ -719,7 +721,7 @@ class Container:
         if isinstance(origin, type):
             item = origin
         if isinstance(item, (str, types.FunctionType, types.ModuleType)):
-            raise InjectionError(f"a component is a class or an instance of it, not {item!r}")
+            raise InjectionError(f"a component must be a class or an instance of one, not {item!r}")
         _mark_of(item)
         if not any(item is other for other in self._listed):
             self._listed.append(item)
@@ -757,7 +759,7 @@ class Container:
 
     def _still_open(self, what: str) -> None:
         if self._graph is not None:
-            raise ServerStateError(f"{what}() comes before the start; these components are already built")
+            raise ServerStateError(f"call {what}() before the start: these components are already built")
 
     def build(self) -> None:
         """Find, check and construct every component, and fill in its fields. Does nothing the second time.
@@ -789,7 +791,7 @@ class Container:
         values = getattr(node.instance, "__dict__", None)
         if not isinstance(values, dict):
             raise InjectionError(
-                f"{node.label} has no room for {', '.join(node.fields)}: leave out its __slots__, or add "
+                f"{node.label} cannot hold {', '.join(node.fields)}: leave out its __slots__, or add "
                 "'__dict__' to them",
                 component=node.label,
                 field=next(iter(node.fields)),
@@ -856,7 +858,7 @@ class Container:
                     if id(node.instance) not in inherited:
                         await _run(node, "on_start")
                 except BaseException as error:
-                    error.add_note(f"raised by {node.label}.on_start(); nothing was left started")
+                    error.add_note(f"raised by {node.label}.on_start(); what had started has been stopped")
                     await self._stop_started()
                     raise
                 self._started.append(node)

@@ -131,13 +131,15 @@ def _segments(path: object, decorator: str) -> tuple[str, ...]:
     for segment in segments:
         parameter = segment.startswith("{") and segment.endswith("}")
         if segment.startswith(":"):
-            wrong = f"a parameter is spelled {{{segment[1:]}}} here"
+            wrong = f"write the parameter as {{{segment[1:]}}}"
         elif parameter and not segment[1:-1].isidentifier():
-            wrong = f"{segment[1:-1]!r} is no name for a parameter"
+            wrong = f"{segment[1:-1]!r} is not a valid name for a parameter"
         elif not parameter and any(c in "{}?#" for c in segment):
-            wrong = "a parameter is one whole part of the path, as in '/users/{id}'; no '?' or '#' belong there"
+            wrong = (
+                "a parameter must be one whole part of the path, as in '/users/{id}', and '?' and '#' are not allowed"
+            )
         elif not segment:
-            wrong = "there is nothing between two of its slashes"
+            wrong = "it has two slashes in a row"
         else:
             continue
         raise ConfigurationError(f"{decorator}({path!r}): {wrong}")
@@ -225,7 +227,7 @@ class Controllers(Matcher):
             segments = _segments(path, f"{cls.__name__}.{name}")
             parameters = [s for s in segments if s[0] == "{"]
             if len(set(parameters)) < len(parameters):
-                raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have one name")
+                raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have the same name")
             label = f"{mark.method} {path} ({cls.__name__}.{name})"
             chain = Chain(instances((*spec.middlewares, *mark.middlewares)), label, self._owner)
             route = _Route(mark.method, segments, _handler(getattr(controller, name), label), chain, label)
@@ -287,7 +289,7 @@ class Controllers(Matcher):
             return self._options(request, methods)
         route = methods.get(request.method or "")
         if route is None:
-            raise Refusal(405, f"{request.method} is not possible here", headers={"Allow": _allow(methods)})
+            raise Refusal(405, f"{request.method} is not allowed here", headers={"Allow": _allow(methods)})
         if request.method not in _SAFE_METHODS:
             self._origins.check(request, route.label)
         await self._ready()
@@ -327,7 +329,7 @@ class Controllers(Matcher):
             wait = max(0.0, deadline - asyncio.get_running_loop().time())
             _, late = await asyncio.wait(tuple(self._requests), timeout=wait)
             for task in late:
-                log.warning("a request that did not end in time is cancelled")
+                log.warning("a request that did not finish in time is cancelled")
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=1)
@@ -357,7 +359,7 @@ def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]
         except TypeError:
             continue
         return handler
-    raise ConfigurationError(f"{label} takes the context and nothing else; path parameters are in context.params")
+    raise ConfigurationError(f"{label} must take the context and nothing else: path parameters are in context.params")
 
 
 @stream_request_body

@@ -47,9 +47,9 @@ class Response:
         self, status: int, body: bytes, headers: Mapping[str, object] | None = None, *, content_type: str | None = None
     ) -> None:
         if not 200 <= status <= 599:
-            raise ValueError(f"the status of a response is between 200 and 599, not {status!r}")
+            raise ValueError(f"the status of a response must be between 200 and 599, not {status!r}")
         if status in (204, 304) and content_type is not None:
-            raise ValueError(f"a response with status {status} has no body")
+            raise ValueError(f"a response with status {status} must not have a body")
         self.status = status
         self.body = body
         self.headers = HTTPHeaders()
@@ -310,9 +310,7 @@ class Hosts:
             return
         name = repr(host if len(host) <= 100 else host[:99] + "…")
         log.warning("refused a request to the host %s", name)
-        raise Refusal(
-            421, f"the host {name} is not accepted here; to accept it: AsenaServer(..., allowed_hosts=[{name}])"
-        )
+        raise Refusal(421, f"the host {name} is not accepted; to accept it: AsenaServer(..., allowed_hosts=[{name}])")
 
     def _accepts(self, name: str) -> bool:
         # No page from elsewhere can use a loopback name: browsers ask nobody what it stands for.
@@ -507,14 +505,14 @@ class Chain:
         if isinstance(result, Response):
             return result
         if result is False or (result is None and not next.called):
-            log.info("%s: %s refused, by neither calling next() nor returning a response", self._where, name)
+            log.info("%s: %s refused: it neither called next() nor returned a response", self._where, name)
             return make_response({"error": "forbidden"}, 403)
         if result is None or (result is True and next.called):
             if next.state == "done":
                 return next.response
             raise MiddlewareError(f"{name} returned nothing although next() {_STATES[next.state]}")
         raise MiddlewareError(
-            f"{name}.handle returned {result if result is True else type(result)!r}; it returns a response, "
+            f"{name}.handle returned {result if result is True else type(result)!r}; it must return a response, "
             "context.send(…) or context.json(…), or nothing after await next()"
         )
 

@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
     """What pydantic does not know: arrays and scalars of numpy and its kin, as a notebook is full of them."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is nothing that JSON knows")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 class Decoder:
@@ -301,7 +301,7 @@ def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[
         ]
     left = count - len(errors)
     if not errors:
-        more = f"{count} errors, too many to name any"
+        more = f"{count} errors, too many to list"
     elif left and not more:
         more = f"{left} more error{'' if left == 1 else 's'}"
     if more:

@@ -120,7 +120,7 @@ def normalize_path(path: object) -> str:
     path = "/" + path.strip().strip("/")
     if any(c in path for c in "?#{}") or quote(path, safe="/:@!$&'()*+,;=~-._%") != path:
         raise ConfigurationError(
-            f"{path!r} cannot be a namespace: only what a URL's path may hold, without parameters; "
+            f"{path!r} cannot be a namespace: use what a URL's path may contain, without parameters; "
             "what differs per client belongs in the query string"
         )
     return path
@@ -358,7 +358,7 @@ class Namespace:
         for connections from now on.
         """
         old, self.hooks, self.options = self.hooks, hooks, options
-        self.events.record("replaced", detail=f"{type(hooks.service).__name__} is new code now")
+        self.events.record("replaced", detail=f"{type(hooks.service).__name__} runs new code")
         for socket in list(self._by_id.values()):
             try:
                 values = hooks.values(old.plain_values(socket.data.values), from_query=False)
@@ -444,7 +444,7 @@ class Namespace:
     def abandon(self) -> None:
         """Wait for nobody any more: what is left are handlers that do not let themselves be cancelled."""
         for socket in tuple(self._leaving):
-            log.error("%s: its handler goes on although it was cancelled, and is left behind", socket)
+            log.error("%s: a handler goes on although it was cancelled, and is left behind", socket)
             self.forget(socket)
 
     @property
@@ -489,7 +489,7 @@ def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:
     each = tuple(given) if isinstance(given, Iterable) else (given,)
     for one in each:
         if not isinstance(one, str | Socket):
-            raise TypeError(f"exclude takes sockets or their ids, not {one!r}")
+            raise TypeError(f"exclude takes sockets or ids of sockets, not {one!r}")
     return each
 
 

@@ -22,8 +22,8 @@ def check_room(room: object, limit: int | None = None) -> str:
         if size <= limit:
             return room
         raise RoomNameError(
-            f"a room's name has at most {limit} bytes (WebSocketOptions.max_room_name_bytes), "
-            f"unlike {room[:20] + '…'!r} with {size}"
+            f"a room's name must be at most {limit} bytes (WebSocketOptions.max_room_name_bytes), "
+            f"but {room[:20] + '…'!r} has {size}"
         )
     what = "an empty string" if room == "" else f"{room!r} ({type(room).__name__})"
     raise RoomNameError(f"a room's name must be a non-empty string, not {what}")

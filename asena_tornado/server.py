@@ -142,23 +142,23 @@ class AsenaServer:
             InjectionError: A component has no decorator.
         """
         if isinstance(allowed_origins, str):
-            raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+            raise ConfigurationError(f"allowed_origins must be a list: [{allowed_origins!r}]")
         if isinstance(allowed_hosts, str):
-            raise ConfigurationError(f"allowed_hosts is a list: [{allowed_hosts!r}]")
+            raise ConfigurationError(f"allowed_hosts must be a list: [{allowed_hosts!r}]")
         if not isinstance(options, WebSocketOptions | None):
             raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
         given: object = port  # whatever the annotation says
         if not isinstance(given, int) or not 0 <= port <= 65535:
-            raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port!r}")
+            raise ConfigurationError(f"port must be a number from 0 (any free one) to 65535, not {port!r}")
         if max_body_size < 0:
-            raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
+            raise ConfigurationError(f"max_body_size must be a number of bytes, not {max_body_size}")
         if max_buffered_bytes is not None and max_buffered_bytes < 1:
-            raise ConfigurationError(f"max_buffered_bytes is a number of bytes, or None, not {max_buffered_bytes}")
+            raise ConfigurationError(f"max_buffered_bytes must be a number of bytes, or None, not {max_buffered_bytes}")
         if loop not in get_args(LoopKind):
-            raise ConfigurationError(f'loop is "auto", "asyncio" or "uvloop", not {loop!r}')
+            raise ConfigurationError(f'loop must be "auto", "asyncio" or "uvloop", not {loop!r}')
         given = switch_interval
         if given is not None and not (type(given) in (int, float) and 1e-6 <= given < math.inf):
-            raise ConfigurationError(f"switch_interval is a number of seconds, or None, not {switch_interval!r}")
+            raise ConfigurationError(f"switch_interval must be a number of seconds, or None, not {switch_interval!r}")
         self._wanted_port = port
         self._port: int | None = None
         self._address = address
@@ -251,7 +251,9 @@ class AsenaServer:
         if self._port is not None:
             return self._port
         if self._wanted_port == 0:
-            raise ServerStateError("port=0 becomes a number when the server starts: call server.start() first")
+            raise ServerStateError(
+                "with port=0, the port is known once the server has started: call server.start() first"
+            )
         return self._wanted_port
 
     @property
@@ -357,13 +359,13 @@ class AsenaServer:
             Exception: What a component's constructor or ``on_start`` raises.
         """
         if hosting not in ("thread", "kernel"):
-            raise ConfigurationError(f'hosting is "thread" or "kernel", not {hosting!r}')
+            raise ConfigurationError(f'hosting must be "thread" or "kernel", not {hosting!r}')
         # A loop that runs here must not wait for long: it may be what the other one waits for.
         patience = -1.0 if running_loop() is None or in_cell() else _SLACK
         with _lock_within(self._lock, patience), _turn(self._wanted_port, timeout=patience):
             if self.state in ("starting", "running"):
                 if self._hosting != hosting:
-                    raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+                    raise ServerStateError(f"the server is already running (hosting={self._hosting!r}): stop it first")
                 return self
             self._begin(hosting)
             try:
@@ -379,7 +381,7 @@ class AsenaServer:
                     loop = running_loop()
                     if loop is None:
                         raise ServerStateError(
-                            'hosting="kernel" needs a loop that runs already, as in a notebook; '
+                            'hosting="kernel" needs a loop that is already running, as in a notebook; '
                             "elsewhere use server.start() or server.run()"
                         )
                     in_empty_context(lambda: self._open_in_background(old))
@@ -456,7 +458,7 @@ class AsenaServer:
     async def __aenter__(self) -> Self:
         with self._lock:
             if self.state in ("starting", "running"):
-                raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+                raise ServerStateError(f"the server is already running (hosting={self._hosting!r}): stop it first")
             self._begin("caller")
         try:
             # A task of its own, so that what listens is not tied to the caller's context.
@@ -497,7 +499,7 @@ class AsenaServer:
             app.add_handlers(r".*", self.routes())
             self._mounted.add(app)
         elif self._state not in ("new", "stopped") or (self._state == "new" and running_loop() is None):
-            raise ConfigurationError("this server is mounted on this application already; once is enough")
+            raise ConfigurationError("this server is already mounted on this application")
         if self._state == "stopped":
             self._state = "new"
         if running_loop() is not None and self._state == "new":
@@ -647,8 +649,8 @@ class AsenaServer:
             self._thread.submit(_nothing, timeout=STOP_TIMEOUT)
         except TimeoutError:
             raise ServerStateError(
-                f"the earlier server on port {self._port} does not answer within {STOP_TIMEOUT:g} s, and stays as it "
-                f"was; what holds up its loop: {_where(self._thread.ident)}"
+                f"the earlier server on port {self._port} did not answer within {STOP_TIMEOUT:g} s and goes on; "
+                f"what holds up its loop: {_where(self._thread.ident)}"
             ) from None
 
     def _door_is_elsewhere(self) -> bool:
@@ -690,7 +692,9 @@ class AsenaServer:
             # Whoever waited for the start has been interrupted, and has given it up meanwhile.
             raise asyncio.CancelledError
         if old._state != "running" or old._closing is not None:
-            raise ServerStateError("the server that this one was to replace has been stopped meanwhile: start it again")
+            raise ServerStateError(
+                "the server that this one was to replace has been stopped meanwhile: start this one again"
+            )
 
     async def _retire(self, old: AsenaServer, http: FrontServer | None, remains: Remains) -> None:
         """What is left of the old server."""
@@ -915,7 +919,7 @@ class AsenaServer:
             if not door.inside():
                 return door.call(function, timeout=timeout)
             if self._hosting == "thread" or self._site.handling:
-                raise ServerStateError("this is the server's own loop already: call the function, or await it")
+                raise ServerStateError("this already is the server's own loop: call the function, or await it")
             result = function()
             if isinstance(result, Awaitable):
                 return run_nested(door.loop, result, "await it instead")

@@ -92,7 +92,7 @@ class AsenaWebSocketService(Generic[T]):
             if cls is AsenaWebSocketService:
                 shown = ", ".join(getattr(each, "__name__", repr(each)) for each in args)
                 raise ConfigurationError(
-                    f"the type of ws.data.values goes into brackets: AsenaWebSocketService[{shown}], not (…)"
+                    f"the type of ws.data.values goes in square brackets: AsenaWebSocketService[{shown}], not (…)"
                 )
             raise TypeError(f"{cls.__name__}() takes no arguments")
         return super().__new__(cls)
@@ -100,7 +100,7 @@ class AsenaWebSocketService(Generic[T]):
     def _bound(self) -> Namespace:
         if self._namespace is None:
             raise ServerStateError(
-                f"{type(self).__name__} belongs to no server: pass it to AsenaServer(...) and start that"
+                f"{type(self).__name__} does not belong to a server: pass it to AsenaServer(...) and start that"
             )
         return self._namespace
 
@@ -233,7 +233,7 @@ def WebSocket(
             raise ConfigurationError(f"@WebSocket({path!r}) needs a subclass of AsenaWebSocketService, not {cls!r}")
         for wrong, right in _MISSPELT.items():
             if wrong in vars(cls) and right not in vars(cls):
-                raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: here it is spelled {right}")
+                raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: write {right}")
         for hook in _HOOKS:  # before their parameters are looked at
             needs_self(cls, hook)
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
@@ -384,7 +384,7 @@ def _hook(service: AsenaWebSocketService[Any], name: str, offered: int) -> Calla
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if needed > offered or keywords:
         raise ConfigurationError(
-            f"{type(service).__name__}.{name} asks for more than the {offered} argument(s) it is offered"
+            f"{type(service).__name__}.{name} takes more than the {offered} argument(s) it is called with"
         )
     taken = min(len(positional), offered)
     if taken == offered:

@@ -103,7 +103,9 @@ class Site:
                 controllers.add(instance, self._instances)
         for path in namespaces:
             if controllers.has(path):
-                raise ConfigurationError(f"{path!r} is a namespace and a controller's path; give one of them another")
+                raise ConfigurationError(
+                    f"{path!r} is the path of a namespace and of a controller: give one of them another path"
+                )
         self.namespaces, self.controllers = namespaces, controllers
         self.paths = tuple(namespaces)
         self.built = True
@@ -265,7 +267,7 @@ class Site:
         """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
         old = remains.site
         deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
-        await _close_sockets(remains.gone, deadline, PATIENCE, 1012, "this namespace is gone")
+        await _close_sockets(remains.gone, deadline, PATIENCE, 1012, "this namespace no longer exists")
         await old.controllers.drain(deadline)
         if remains.cluster is not None:
             await remains.cluster.stop()
@@ -306,7 +308,7 @@ async def _close_sockets(
         raise
     except TimeoutError:
         left = [socket for namespace in namespaces for socket in namespace.leaving]
-        log.warning("%s sockets did not go in time and are cut off", len(left))
+        log.warning("%s sockets did not close in time and are cut off", len(left))
         # Once for what runs, and once more for the on_close that runs then.
         for seconds in (_LAST_WORDS, _LAST_WORDS / 5):
             for socket in left:

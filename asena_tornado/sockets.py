@@ -62,7 +62,7 @@ class SocketData(Generic[T]):
                 return getattr(values, name)
             except AttributeError:
                 known = ", ".join(getattr(values, "__dict__", {})) or "none"
-        raise AttributeError(f"the socket's values have no {name!r} (there are: {known})")
+        raise AttributeError(f"the socket's values have no {name!r} (known: {known})")
 
 
 class Socket(Generic[T]):
@@ -183,9 +183,9 @@ class Socket(Generic[T]):
             ValueError: The code or the reason cannot be sent.
         """
         if not valid_close_code(code):
-            raise ValueError(f"{code} is no code a close frame may carry; use 1000 or one from 3000 to 4999")
+            raise ValueError(f"{code} is not a valid close code: use 1000, or one from 3000 to 4999")
         if len(reason.encode()) > 123:
-            raise ValueError("the reason of a close frame has at most 123 bytes as UTF-8")
+            raise ValueError("the reason of a close frame must be at most 123 bytes as UTF-8")
         self._namespace.door.run(self._connection.close, code, reason)
 
     def terminate(self) -> None:
@@ -202,7 +202,7 @@ class Socket(Generic[T]):
             ValueError: There are more than 125 bytes.
         """
         if len(data) > 125:
-            raise ValueError("a ping carries at most 125 bytes")
+            raise ValueError("a ping must be at most 125 bytes")
         self._namespace.door.run(self._connection.ping, bytes(data))
 
     def __repr__(self) -> str:

@@ -386,7 +386,7 @@ def test_a_handshake_that_middleware_thinks_about_when_the_server_stops_is_503(w
     head = wire.read_head()
     assert status(head) == 503
     assert b"\r\nretry-after: 1\r\n" in head.lower()
-    assert b"the server stops" in wire.rest()
+    assert b"the server is stopping" in wire.rest()
 
 
 def test_one_that_it_thinks_about_during_a_re_run_is_answered(wires):

@@ -224,7 +224,7 @@ async def test_mounted_only_a_given_list_counts_and_for_our_routes(wires, allowe
 
 @pytest.mark.parametrize("wrong", ["example.com", [""], ["http://example.com"], [1]])
 def test_what_is_no_list_of_hosts_is_an_error(wrong: Any):
-    with pytest.raises(ConfigurationError, match=r"allowed_hosts is a list|a host is written like"):
+    with pytest.raises(ConfigurationError, match=r"allowed_hosts must be a list|a host is written like"):
         AsenaServer(Echo, allowed_hosts=wrong)
 
 

@@ -468,7 +468,7 @@ async def test_a_query_does_not_fill_in_what_middleware_left_out(caplog: pytest.
         # It is the middleware's mistake, so the client is told nothing of it.
         assert (await refusal(server, "?as=nobody&user_id=7"))[:2] == (500, {"error": "internal error"})
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "/chat: set_websocket_value(…)" in record.getMessage()
+    assert "/chat: what set_websocket_value(…)" in record.getMessage()
     assert "does not fit User" in record.getMessage()
     assert "valid dictionary" in record.getMessage()
 
@@ -1182,12 +1182,12 @@ async def test_a_fake_that_derives_from_a_controller_serves_its_routes() -> None
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/users/:id", r"spelled \{id\}"),
-        ("/users/{}", "no name"),
-        ("/users/{user-id}", "no name"),
+        ("/users/:id", r"as \{id\}"),
+        ("/users/{}", "not a valid name"),
+        ("/users/{user-id}", "not a valid name"),
         ("/users/x{id}", "one whole part"),
         ("/users?x", "one whole part"),
-        ("/users//x", "nothing between"),
+        ("/users//x", "two slashes in a row"),
         (7, "takes a path"),
     ],
 )
@@ -1230,7 +1230,7 @@ def test_two_methods_for_the_same_requests_are_an_error() -> None:
 
 
 def test_two_parameters_with_one_name_are_an_error() -> None:
-    with pytest.raises(ConfigurationError, match="one name"):
+    with pytest.raises(ConfigurationError, match="the same name"):
         _ = AsenaServer(controller("/{id}", "/{id}"), port=0).namespaces
 
 
@@ -1240,7 +1240,7 @@ def test_a_handler_that_wants_more_than_the_context_is_an_error() -> None:
 
 
 def test_a_path_is_a_namespace_or_a_controllers() -> None:
-    with pytest.raises(ConfigurationError, match="'/chat' is a namespace and a controller's path"):
+    with pytest.raises(ConfigurationError, match="'/chat' is the path of a namespace and of a controller"):
         _ = AsenaServer(guarded(), controller("/", "/chat"), port=0).namespaces
 
 

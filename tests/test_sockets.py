@@ -117,7 +117,7 @@ def test_unknown_attributes_of_the_data_are_looked_up_in_the_values(values: Any)
     data = SocketData("an id", "/x", {"q": "1"}, values)
     assert data.name == "Ann"
     assert data.query == {"q": "1"}, "its own attributes come first"
-    with pytest.raises(AttributeError, match=r"the socket's values have no 'nmae' \(there are: name"):
+    with pytest.raises(AttributeError, match=r"the socket's values have no 'nmae' \(known: name"):
         data.nmae  # noqa: B018
     assert not hasattr(data, "items")
     with pytest.raises(AttributeError):

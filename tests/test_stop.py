@@ -145,7 +145,7 @@ def test_past_the_deadline_nobody_is_waited_for(wires, caplog, hook):
         assert service.begun.acquire(timeout=10)
     server.stop(timeout=0.2)
     assert server.state == "stopped"
-    assert "did not go in time" in caplog.text
+    assert "did not close in time" in caplog.text
     assert None in service.all_left()
     assert client.close_code() == 1001
 

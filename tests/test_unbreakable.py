@@ -237,7 +237,7 @@ def test_a_callback_or_task_of_the_users_own_does_not_end_the_loop(
         works(wires, server)
     assert server.state == "stopped"
     assert "by a callback" in caplog.text
-    assert "stopped the server's loop, which goes on" in caplog.text
+    assert "called stop() on the server's loop, which goes on" in caplog.text
     gc.collect()  # the task's exception is complained about here, and not in another test
     caplog.clear()
 
@@ -325,7 +325,7 @@ def test_a_loop_that_is_broken_ends_and_says_so(caplog: pytest.LogCaptureFixture
     loop.call_soon_threadsafe(int)
     while server.state != "stopped":
         time.sleep(0.001)
-    assert "the server's loop is broken, and ends" in caplog.text
+    assert "the server's loop has failed, and ends" in caplog.text
     with pytest.raises(ServerStateError):
         server.call(int)
     with server.start():
@@ -415,7 +415,7 @@ def test_a_re_run_does_not_wait_for_ever_for_a_loop_that_is_held_up(
         client = wires.connect(server, "/echo")
         client.send("block")
         begun.wait(10)
-        with pytest.raises(ServerStateError, match=r"does not answer within 0.2 s, and stays as it was.*in blocks"):
+        with pytest.raises(ServerStateError, match=r"did not answer within 0.2 s and goes on; .*in blocks"):
             AsenaServer(echo_of(), port=server.port).start()
         go_on.set()
         assert client.read() == "back"
@@ -848,13 +848,13 @@ async def test_a_re_run_that_cannot_work_leaves_everything_as_it_was(wires: Any,
     while server.state == "starting":  # noqa: ASYNC110
         await asyncio.sleep(0)
     client = await asyncio.to_thread(wires.connect, server, "/echo")
-    with pytest.raises(ConfigurationError, match="is no address: write it like"):
+    with pytest.raises(ConfigurationError, match="is not an address: write it like"):
         AsenaServer(echo_of(), Component, port=server.port, public_url="example.com").start(hosting=hosting)
     await asyncio.to_thread(client.echo)
     assert server.state == "running"
     assert log.count("start") == log.count("stop")
     await server.aclose()
-    with pytest.raises(ConfigurationError, match="is no address: write it like"):
+    with pytest.raises(ConfigurationError, match="is not an address: write it like"):
         AsenaServer(echo_of(), Component, port=0, public_url="example.com").start(hosting=hosting)
     assert log.count("start") == log.count("stop")
 

@@ -496,7 +496,7 @@ class Connection:
 
     def _cancel_handler(self) -> None:
         if self._task is not None:
-            log.warning("%s: a handler is cancelled, as its client is gone and handler_grace is over", self.socket)
+            log.warning("%s: a handler is cancelled: its client is gone, and handler_grace is over", self.socket)
             self._task.cancel()
 
     # -- the service's side: one task, one message at a time
@@ -580,7 +580,7 @@ class Connection:
             pass_interrupt_on()
         self._note(error)
         if isinstance(error, SocketClosedError) and self.state is not ReadyState.OPEN:
-            log.info("%s: its client went away while a handler was running: %s", self.socket, error)
+            log.info("%s: the client went away while its handler was running: %s", self.socket, error)
         else:
             failure = self._events.failed(self.socket.id, error)
             log.error("%s raised %s (%s)", failure.where, failure.error, self.socket, exc_info=bounded(error))

@@ -99,7 +99,7 @@ class Handshake:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
                 response = await endpoint.middleware.run(context, _admit)
         except TimeoutError:
-            why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
+            why = "the server is stopping or restarting" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None
         finally:
             self._limit = None
@@ -125,7 +125,7 @@ class Handshake:
                 raise Refusal(400, f"invalid data for {namespace.path}", errors=errors) from None
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the value'}: {e['msg']}" for e in errors[:_LOGGED])
             log.error(
-                "%s: set_websocket_value(…) was given what does not fit %s, the type of ws.data.values: %s",
+                "%s: what set_websocket_value(…) was given does not fit %s, the type of ws.data.values: %s",
                 namespace.path,
                 invalid.title,
                 wrong,
@@ -177,7 +177,7 @@ class Handshake:
         """The client's key, if the request is a WebSocket handshake to the letter (RFC 6455 §4.2.1)."""
         headers = self._request.headers
         if self._request.method != "GET":
-            raise Refusal(405, "a WebSocket handshake is a GET", headers={"Allow": "GET"})
+            raise Refusal(405, "a WebSocket handshake must be a GET request", headers={"Allow": "GET"})
         if self._request.version != "HTTP/1.1":
             raise Refusal(400, "a WebSocket handshake needs HTTP/1.1")
         connection = {token.strip().lower() for token in headers.get("Connection", "").split(",")}
@@ -188,10 +188,10 @@ class Handshake:
                 headers={"Upgrade": "websocket", "Connection": "Upgrade"},
             )
         if headers.get("Sec-WebSocket-Version") != "13":
-            raise Refusal(426, "only WebSocket version 13 is spoken here", headers={"Sec-WebSocket-Version": "13"})
+            raise Refusal(426, "only WebSocket version 13 is supported", headers={"Sec-WebSocket-Version": "13"})
         # After the upgrade nobody would read it as such, and what a proxy takes for a body would be frames to us.
         if "Transfer-Encoding" in headers or set(headers.get_list("Content-Length")) - {"0"}:
-            raise Refusal(400, "a WebSocket handshake has no body")
+            raise Refusal(400, "a WebSocket handshake must not have a body")
         keys = headers.get_list("Sec-WebSocket-Key")
         try:
             if len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16:
@@ -207,7 +207,7 @@ class Handshake:
         limit = endpoint.options.max_sockets
         if limit is not None and len(endpoint.namespace.sockets) >= limit:
             raise Refusal(
-                503, f"{endpoint.namespace.path} has all the sockets it may have", headers={"Retry-After": "5"}
+                503, f"{endpoint.namespace.path} has as many sockets as it may have", headers={"Retry-After": "5"}
             )
 
     def _negotiate(self) -> DeflateParameters | None:
@@ -329,7 +329,7 @@ class FrontServer(HTTPServer):
                 connection.getpeername()  # which the wrapper asks too late to close what it has made
                 secured = ssl_wrap_socket(connection, self.ssl_options, server_side=True, do_handshake_on_connect=False)
             except OSError as error:
-                log.debug("a connection was gone before its TLS handshake: %s", error)
+                log.debug("a connection ended before its TLS handshake: %s", error)
                 connection.close()
                 return
             stream = _SecureStream(secured)
@@ -359,7 +359,7 @@ class FrontServer(HTTPServer):
             elif stream.stuck is None or stream.stuck[0] != stream.written:
                 stream.stuck = stream.written, now
             elif now - stream.stuck[1] >= patience:
-                log.info("%s is cut off: it takes nothing of its answer", connection.context)
+                log.info("%s is cut off: it does not read its answer", connection.context)
                 # With a reset, or the system would go on offering it what it has taken.
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 stream.close()

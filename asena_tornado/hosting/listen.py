@@ -47,7 +47,9 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
 
     Raises `PortInUseError` when somebody else listens there, `ConfigurationError` when it is not this machine's.
     """
-    nowhere = f'cannot listen on {address!r}, which is no address of this machine: "localhost" is, None is all of them'
+    nowhere = (
+        f'cannot listen on {address!r}, which is not an address of this machine: "localhost" is, None is all of them'
+    )
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -64,8 +66,8 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
             if port == 0 and attempt < 4:
                 continue  # the port that was free in one family was not in the other
             raise PortInUseError(
-                f"port {port} on {address or 'every interface'} is in use by somebody else; "
-                "stop that, or choose another port (port=0 picks a free one)",
+                f"port {port} on {address or 'every interface'} is already in use: "
+                "stop what listens there, or choose another port (port=0 picks a free one)",
                 port=port,
                 address=address,
             ) from error
@@ -167,13 +169,13 @@ class Acceptor:
         if not self._short and now >= self._quiet_until:
             self._short = True
             self._quiet_until = now + _QUIET
-            log.warning("%s: new connections wait until there is room again", _shortage(error))
+            log.warning("%s: new connections wait until others have closed", _shortage(error))
 
 
 def _shortage(error: OSError) -> str:
     """What there is too little of."""
     if error.errno == errno.EMFILE:
-        return f"this process has as many files and connections open as it may{_limit()}"
+        return f"this process has as many files and connections open as it is allowed{_limit()}"
     if error.errno == errno.ENFILE:
-        return "this system has as many files and connections open as it may"
+        return "this system has as many files and connections open as it allows"
     return f"the system accepts no connections ({error})"

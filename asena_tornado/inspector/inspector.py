@@ -311,7 +311,7 @@ class Inspector:
         mounted = self._mounted() or self._server.namespaces
         if path in mounted:
             return mounted[path]
-        raise NamespaceNotFoundError(f"no namespace {path!r}; there are: {_names(mounted)}")
+        raise NamespaceNotFoundError(f"no namespace {path!r}; the namespaces are: {_names(mounted)}")
 
     def _scope(self) -> list[Namespace]:
         return list(self._mounted().values()) if self._path is None else [self._chosen(self._path)]
@@ -329,7 +329,7 @@ class Inspector:
         scope = self._scope()
         if len(scope) != 1:
             raise NamespaceNotFoundError(
-                f"say which namespace: namespace=… is one of {_names(self._mounted())}"
+                f"say which namespace is meant, namespace=…, of {_names(self._mounted())}"
                 if scope
                 else "the server has no namespaces"
             )
@@ -416,7 +416,9 @@ def _receipt(namespace: Namespace, send: Callable[[], int], where: str, *, addre
     dropped = namespace.dropped - before
     elsewhere = ""
     if isinstance(number, Addressed):
-        elsewhere = ", and to the other nodes" if number.carried else ", but to no other node: the transport is away"
+        elsewhere = (
+            ", and to the other nodes" if number.carried else ", but not to other nodes, which cannot be reached"
+        )
     number = number - dropped if addressed is None else number
     if number == 0 and not dropped and not elsewhere:
         return Receipt(0, f"sent to nobody: there are no sockets in {where}")

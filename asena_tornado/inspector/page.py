@@ -82,7 +82,7 @@ class _AskHandler(_Handler):
             return
         if len(self.request.body) > _MAX_REQUEST:
             self.set_status(413)
-            self.finish({"error": "that is too much to send from here"})
+            self.finish({"error": "the message is too long to be sent from here"})
             return
         try:
             request = json.loads(self.request.body)

@@ -300,9 +300,9 @@ def full_id(id: str, ids: Mapping[str, object], where: str) -> str:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        raise SocketNotFoundError(f"no socket's id is or begins with {id!r} in {where}")
+        raise SocketNotFoundError(f"no socket in {where} has an id that is or begins with {id!r}")
     named = ", ".join(candidates[:5]) + _and(len(candidates) - 5)
-    raise SocketNotFoundError(f"{len(candidates)} ids begin with {id!r}: {named}; give more of it")
+    raise SocketNotFoundError(f"{len(candidates)} ids begin with {id!r}: {named}; give more characters")
 
 
 def count(number: int, what: str) -> str:

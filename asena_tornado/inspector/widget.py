@@ -113,7 +113,7 @@ class Link:
         try:
             self._widget.send({**answer, "view": request.get("view"), "to": request.get("do")})
         except Exception:
-            log.exception("the live view could not be told")
+            log.exception("the live view could not be updated")
             self._sessions.clear()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
