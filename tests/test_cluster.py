@@ -29,17 +29,9 @@ from asena_tornado import (
     UlakErrorCode,
     WebSocket,
 )
-from asena_tornado.transports import (
-    BlockingUlakClient,
-    Cluster,
-    Gap,
-    LocalTransport,
-    RedisTransport,
-    Transport,
-    UlakClient,
-    cluster,
-)
-from asena_tornado.transports.envelope import Kind, message_header, pack
+from asena_tornado.cluster import BlockingUlakClient, Cluster, Gap, UlakClient, cluster
+from asena_tornado.cluster.envelope import Kind, message_header, pack
+from asena_tornado.transports import LocalTransport, RedisTransport, Transport
 
 if TYPE_CHECKING:
     from tests.conftest import RedisServer

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..cluster import Cluster, Node
 from ..errors import ServerStateError, SocketNotFoundError
 from ..messages import encode
 from ..rooms import check_room
-from ..transports import Cluster, Node
 from . import markup
 from .snapshots import Receipt, Rooms, Sockets, SocketSnapshot, count
 

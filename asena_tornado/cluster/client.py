@@ -12,12 +12,12 @@ from ..errors import ServerStateError, TransportError, UlakError, UlakErrorCode
 from ..hosting import LoopDoor, LoopThread
 from ..messages import Message
 from ..namespace import normalize_path, room_names
+from ..transports import RedisTransport
 from .cluster import Cluster
-from .redis import RedisTransport
 
 if TYPE_CHECKING:
     from ..namespace import Namespace
-    from .contract import Transport
+    from ..transports import Transport
 
 R = TypeVar("R")
 

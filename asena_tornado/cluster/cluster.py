@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 
 from ..errors import RoomLimitError, RoomNameError, TransportError, must_propagate
 from ..messages import Message, valid_close_code
-from .contract import Transport
+from ..transports import Transport
 from .envelope import (
     Arrivals,
     Beat,
