@@ -376,7 +376,7 @@ async def test_the_cluster_tells_which_node_holds_which_socket(make: Make) -> No
     async with cluster_of(make) as (a, b):
         _, ann_id = await join(a, "x")
         _, bob_id = await join(b, "x", "y")
-        found, total = await a.cluster.sockets("/chat")
+        found, total, _ = await a.cluster.sockets("/chat")
         assert total == 2
         nodes = {socket["id"]: node for node, socket in found}
         assert nodes == {ann_id: a.cluster.nodes[0].id, bob_id: b.cluster.nodes[0].id}
@@ -587,32 +587,33 @@ async def test_an_on_gap_that_fails_stops_nothing(make: Make, caplog: pytest.Log
 
 
 def envelope(node: bytes = bytes(16), *, path: Any = "/chat", rooms: Any = ("x",), opcode: int = 1) -> bytes:
-    return pack(node, 1, Kind.MESSAGE, message_header(path, rooms, (), opcode), b"evil")
+    return pack(node, Kind.MESSAGE, message_header(path, rooms, (), opcode), b"evil", epoch=1, sequence=1)
 
 
 FALSE: list[tuple[str, bytes]] = [
     ("/chat#x", b""),
     ("/chat#x", b"hello"),
-    ("/chat#x", b"asn\x02" + envelope()[4:]),
+    ("/chat#x", envelope()[:22]),
     ("/chat#x", envelope()[:40]),
-    ("/chat#x", struct.pack(">4s16sQQBI", b"asn\x01", bytes(16), 1, 0, 1, 2**32 - 1)),
+    ("/chat#x", envelope()[:5] + b"\x17" + envelope()[6:]),
+    ("/chat#x", struct.pack(">3sBBBB16sQQQQI", b"asn", 2, 2, 59, 1, bytes(16), 1, 1, 0, 0, 2**32 - 1)),
     ("/chat#x", envelope(rooms=("y",))),
     ("/chat#x", envelope(path="/news")),
     ("/chat#x", envelope(rooms=None)),
-    ("/chat", envelope(rooms=("x",))),
+    ("/news", envelope(rooms=("x",))),
     ("/chat#x", envelope(opcode=8)),
-    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, message_header("/chat", ("x",), (), 1), b"\xff")),
-    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b'{"path": "/chat"}', b"evil")),
-    ("/chat#x", pack(bytes(16), 1, Kind.MESSAGE, b"\x80\x04K\x01.", b"a pickle")),
-    ("/chat#x", pack(bytes(16), 0, Kind.REQUEST, b'{"id": "1", "operation": "disconnect"}')),
-    ("nodes", pack(bytes(16), 0, Kind.REQUEST, b'{"id": "1", "operation": "__import__"}')),
-    ("nodes", pack(bytes(16), 0, Kind.BEAT, b'{"name": "x", "sockets": {"/chat": "many"}}')),
-    ("nodes", pack(bytes(16), 0, 99, b"{}")),  # type: ignore[arg-type]
+    ("/chat#x", pack(bytes(16), Kind.MESSAGE, message_header("/chat", ("x",), (), 1), b"\xff")),
+    ("/chat#x", pack(bytes(16), Kind.MESSAGE, b'{"path": "/chat"}', b"evil")),
+    ("/chat#x", pack(bytes(16), Kind.MESSAGE, b"\x80\x04K\x01.", b"a pickle")),
+    ("/chat#x", pack(bytes(16), Kind.REQUEST, b'{"id": "1", "operation": "disconnect"}')),
+    ("nodes", pack(bytes(16), Kind.REQUEST, b'{"id": "1", "operation": "__import__"}')),
+    ("nodes", pack(bytes(16), Kind.HEARTBEAT, b'{"name": "x", "sockets": {"/chat": "many"}}')),
+    ("nodes", pack(bytes(16), 99, b"{}")),  # type: ignore[arg-type]
 ]
 
 
 async def test_what_is_malformed_or_foreign_is_counted_and_dropped(make: Make) -> None:
-    async with cluster_of(make) as (a, b):
+    async with cluster_of(make, 2, Chat, News) as (a, b):
         bob, _ = await join(b, "x")
         for number, (channel, payload) in enumerate(FALSE, 1):
             assert a.cluster.transport.publish(channel, payload)
@@ -624,7 +625,7 @@ async def test_a_forged_request_closes_no_socket_in_a_way_that_is_none(make: Mak
     async with cluster_of(make) as (a, b):
         bob, bob_id = await join(b, "x")
         request = {"id": "1", "operation": "disconnect", "socket": bob_id, "code": 1005, "reason": "x"}
-        assert a.cluster.transport.publish("nodes", pack(bytes(16), 0, Kind.REQUEST, json.dumps(request).encode()))
+        assert a.cluster.transport.publish("nodes", pack(bytes(16), Kind.REQUEST, json.dumps(request).encode()))
         assert await received(a, bob) == [[]]
         assert b.cluster.rejected == 1
 
@@ -648,7 +649,7 @@ class Nobody:
     payload=st.one_of(
         st.binary(max_size=200),
         st.builds(
-            lambda kind, header, body: pack(bytes(16), 1, kind, header, body),
+            lambda kind, header, body: pack(bytes(16), kind, header, body, epoch=1, sequence=1),
             st.sampled_from(Kind),
             st.one_of(
                 st.binary(max_size=50),

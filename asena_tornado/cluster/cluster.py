@@ -1,4 +1,4 @@
-"""The nodes that share their rooms: what one of them knows of the others, and asks of them."""
+"""`Cluster`: one node among those that share their rooms."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ import os
 import platform
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
-from ..errors import RoomLimitError, RoomNameError, TransportError, must_propagate
+from ..errors import RoomNameError, TransportError, must_propagate
 from ..messages import Message, valid_close_code
 from ..transports import Transport
 from .envelope import (
-    Arrivals,
-    Beat,
+    VERSION,
     Envelope,
     EnvelopeError,
+    Heartbeat,
     Kind,
     Reply,
     Request,
-    Sequences,
+    VersionError,
     is_from,
     message_header,
     message_of,
@@ -37,6 +35,9 @@ from .envelope import (
     parse_message_header,
     unpack,
 )
+from .nodes import DEAD_AFTER, Count, Gap, Known, Membership, Node
+from .numbering import Incoming, Numbers, Outgoing
+from .remote import Listing, Remote
 
 if TYPE_CHECKING:
     from ..namespace import Namespace
@@ -44,72 +45,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asena_tornado")
 
-HEARTBEAT = 1.0  # seconds between signs of life
-_DEAD_AFTER = 3  # heartbeats without one
-_FORGOTTEN_AFTER = 600.0  # seconds: until then a node that comes back is told what was missed meanwhile
-_ANNOUNCED = 256  # channels in a heartbeat; more when somebody comes back
-_ANNOUNCED_TO_NEWCOMERS = 2048
-_ANNOUNCED_TIMES = 3
+HEARTBEAT = 1.0  # seconds between heartbeats
+_DOUBTFUL = 15.0  # seconds before a connection was found broken in which messages may have been lost already
+_MARKS = 1000  # that are sent before everything else on the loop has its turn
 _REMEMBERED = 4096  # messages to several rooms, which may arrive once more through another channel
-_LOCATED = 10_000  # sockets of other nodes
+_SEVERAL = 8  # rooms; a message to more of them is sent once, to every node that has the namespace
+_NAME = 200  # characters of a node's name
 
-_REFUSED = "refused: "  # how the reply of a node begins that may not do what was asked
 _NODES = "nodes"  # the channel of every node; a namespace's begin with "/"
 
 
 def channel_of(path: str, room: str | None) -> str:
     """The channel for a room, or for everybody in the namespace. "#" is not in a path: no two rooms share one."""
     return path if room is None else f"{path}#{room}"
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One server of the cluster. ``sockets``: how many it holds, per namespace. ``seen``: heard so many seconds ago."""
-
-    id: str
-    name: str
-    sockets: Mapping[str, int]
-    seen: float
-    local: bool = False
-
-    def __repr__(self) -> str:
-        where = ", ".join(f"{path} {count}" for path, count in self.sockets.items()) or "no namespaces"
-        return f"<node {self.id[:8]} {self.name}{' (this one)' if self.local else ''}: sockets {where}>"
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """``missed`` messages that ``node`` published to ``room`` of ``namespace`` (None: to everybody) did not come."""
-
-    node: str
-    namespace: str
-    room: str | None
-    missed: int
-
-
-@dataclass(slots=True)
-class _Known:
-    name: str
-    sockets: dict[str, int]
-    seen: float
-    alive: bool = True
-
-
-@dataclass(slots=True)
-class _Question:
-    """A request under way: who has still to answer."""
-
-    missing: set[bytes]
-    first: bool  # the first that says "done" is enough
-    answered: asyncio.Future[None]
-    replies: dict[bytes, tuple[Reply, bytes]] = field(default_factory=dict)
-    settled: bool = False  # the nodes that there are are known
-
-    def look(self) -> None:
-        """Whether that is all."""
-        enough = self.first and any(reply.done for reply, _ in self.replies.values())
-        if not self.answered.done() and (enough or (self.settled and not self.missing)):
-            self.answered.set_result(None)
 
 
 class Cluster:
@@ -136,22 +84,26 @@ class Cluster:
         self.missed = 0  # messages of other nodes known to be lost
         self.late = 0  # messages that came twice, or after later ones, and were dropped
         self.rejected = 0  # envelopes that were malformed or foreign
-        self._namespaces: Mapping[str, Namespace] = {}
-        self._describe = describe
+        self.id = uuid.uuid4().bytes
         self._serves = serves
-        self._id = uuid.uuid4().bytes
-        self._name = f"{platform.node()}:{os.getpid()}"
-        self._known: dict[bytes, _Known] = {}
-        self._sequences = Sequences()
-        self._arrivals = Arrivals()
-        self._subscribed: set[str] = set()
-        self._announce: OrderedDict[str, int] = OrderedDict()  # channels used lately, and in how many beats to say so
+        self._name = f"{platform.node()}:{os.getpid()}"[-_NAME:]
+        self._namespaces: Mapping[str, Namespace] = {}
+        self._members = Membership()
+        self._remote = Remote(self, describe)
+        self._outgoing = Outgoing(self._mark, self._cannot_account)
+        self._incoming = Incoming(self._members.is_alive)
         self._copies = 0  # messages to several rooms, numbered
         self._delivered: OrderedDict[tuple[bytes, int], None] = OrderedDict()
-        self._questions: dict[str, _Question] = {}
-        self._located: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._unaccounted: dict[str, int] = {}  # by namespace
+        self._told: dict[str, int] = {}  # of that, what a heartbeat has said
+        self._foreign: dict[bytes, tuple[int, float]] = {}  # nodes of other releases: version, and heard when
+        self._strangers = False  # somebody shares the channels who seems to be another application
         self._task: asyncio.Task[None] | None = None
+        self._confirming: asyncio.Task[None] | None = None
+        self._reason = ""  # why the transport is not ready
         self._knows_all_at = 0.0
+        self._pulse_at = 0.0  # when the last turn of `_keep_beating` began
+        self._doubt_from: float | None = None  # when messages may have begun to be lost
         self._met = asyncio.Event()
         self._warned_at = 0.0
 
@@ -162,11 +114,11 @@ class Cluster:
         self._subscribe(_NODES)
         self._subscribe(self._own_channel)
         await self.transport.start(self)
-        loop = asyncio.get_running_loop()
-        # Whoever is there answers a greeting at once; and beats within one interval in any case.
+        # Whoever is there answers a greeting at once; and sends a heartbeat within one interval in any case.
         self._knows_all_at = monotonic() + 1.2 * HEARTBEAT
+        self._pulse_at = monotonic()
         self._beat(hello=True)
-        self._task = loop.create_task(self._keep_beating())
+        self._task = asyncio.get_running_loop().create_task(self._keep_beating())
 
     def serve(self, namespaces: Mapping[str, Namespace]) -> None:
         """Connect these namespaces, and no others any more, with those of the same path on other nodes."""
@@ -176,7 +128,7 @@ class Cluster:
                 for room in namespace.index.names:
                     self._unsubscribe(channel_of(path, room))
                 self._unsubscribe(path)
-        self._namespaces = namespaces
+        self._namespaces = self._remote.namespaces = namespaces
         for path, namespace in namespaces.items():
             namespace.link = self
             self._subscribe(path)
@@ -189,16 +141,39 @@ class Cluster:
         if task is None:
             return
         task.cancel()
-        self._beat(bye=True)
-        for question in self._questions.values():
-            if not question.answered.done():
-                question.answered.set_exception(TransportError("the server is stopping"))
+        if self._confirming is not None:
+            self._confirming.cancel()
+            self._outgoing.repeat()
+        for _ in self._outgoing.quiet(all=True):
+            pass
+        if not self._beat(bye=True) or self._outgoing.unmarked:
+            log.error(
+                "%r: stopped without the other nodes; what was published last to %s room(s) may not have reached them",
+                self,
+                self._outgoing.unmarked,
+            )
+        self._remote.stop()
         await self.transport.stop()
 
     @property
     def ready(self) -> bool:
-        """Whether other nodes can be reached."""
-        return self._task is not None and self.transport.ready
+        """Whether other nodes can be reached, and understand this one."""
+        return self._task is not None and self.transport.ready and not self._foreign
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why other nodes cannot be reached, or None."""
+        if self._task is None:
+            return "not started"
+        if not self.transport.ready:
+            return f"{self.transport!r} is not ready{': ' if self._reason else ''}{self._reason}"
+        if self._foreign:
+            versions = ", ".join(sorted({str(version) for version, _ in self._foreign.values()}))
+            return (
+                f"{len(self._foreign)} node(s) run a release that does not understand this one (format {versions}, "
+                f"here {VERSION}): run the same release everywhere"
+            )
+        return None
 
     # -- what is published here
 
@@ -206,23 +181,29 @@ class Cluster:
         """Hand the message to the other nodes; False if they do not get it, or not all of it."""
         if rooms is None:
             channels = [path]
+        elif len(rooms) == 1:
+            channels = [channel_of(path, rooms[0])]
         else:
             rooms = tuple(dict.fromkeys(rooms))
-            channels = [channel_of(path, room) for room in rooms]
+            channels = [channel_of(path, room) for room in rooms] if len(rooms) <= _SEVERAL else [path]
         copy = 0
         if len(channels) > 1:
             copy = self._copies = self._copies + 1
         header = message_header(path, rooms, excluded, message.opcode)
-        taken = True
+        taken = not self._foreign
         for channel in channels:
-            number = self._sequences.next(channel)
-            self._announce.pop(channel, None)
-            self._announce[channel] = _ANNOUNCED_TIMES
-            payload = pack(self._id, number, Kind.MESSAGE, header, message.payload, copy=copy)
+            numbers = self._outgoing.next(channel)
+            payload = pack(
+                self.id,
+                Kind.MESSAGE,
+                header,
+                message.payload,
+                epoch=numbers.epoch,
+                sequence=numbers.last,
+                copy=copy,
+            )
             if not self.transport.publish(channel, payload):
                 taken = False
-        while len(self._announce) > _ANNOUNCED:
-            self._announce.popitem(last=False)
         return taken
 
     def join(self, path: str, room: str) -> None:
@@ -243,34 +224,41 @@ class Cluster:
                 raise RoomNameError(f"a room shared between nodes needs a name in Unicode: {error}") from None
 
     def _subscribe(self, channel: str) -> None:
-        self._subscribed.add(channel)
+        self._incoming.subscribe(channel, monotonic() + HEARTBEAT)
         self.transport.subscribe(channel)
 
     def _unsubscribe(self, channel: str) -> None:
-        self._subscribed.discard(channel)
-        self._arrivals.forget_channel(channel)
+        self._incoming.unsubscribe(channel)
         self.transport.unsubscribe(channel)
 
     # -- what arrives
 
     def message_received(self, channel: str, payload: bytes) -> None:
         """Whatever another node published."""
-        if is_from(payload, self._id):
+        if is_from(payload, self.id):
             return
         try:
             envelope = unpack(payload)
-            if envelope.kind == Kind.MESSAGE:
+            kind = envelope.kind
+            if kind == Kind.MESSAGE:
                 self._message(channel, envelope)
+            elif kind == Kind.MARK:
+                self._marked(channel, envelope)
             elif channel not in (_NODES, self._own_channel):
-                raise EnvelopeError(f"kind {envelope.kind} has no business in {channel!r}")
-            elif envelope.kind == Kind.BEAT:
-                self._beat_received(envelope.node, parse(Beat, envelope.header))
-            elif envelope.kind == Kind.REQUEST:
-                self._request(envelope.node, parse(Request, envelope.header), envelope.body)
-            elif envelope.kind == Kind.REPLY:
-                self._reply(envelope.node, parse(Reply, envelope.header), envelope.body)
-            else:
-                raise EnvelopeError(f"unknown kind {envelope.kind}")
+                raise EnvelopeError(f"kind {kind} does not belong in {channel!r}")
+            elif kind == Kind.HEARTBEAT:
+                self._heartbeat(envelope.node, parse(Heartbeat, envelope.header))
+            elif kind == Kind.REQUEST:
+                request = parse(Request, envelope.header)
+                if self._serves:
+                    self._remote.request(envelope.node, request, envelope.body)
+            elif kind == Kind.REPLY:
+                self._remote.reply(envelope.node, parse(Reply, envelope.header), envelope.body)
+            elif envelope.version <= VERSION:
+                raise EnvelopeError(f"unknown kind {kind}")
+        except VersionError as error:
+            self.rejected += 1
+            self._not_understood(error)
         except EnvelopeError as error:
             self.rejected += 1
             self._warn("dropped an envelope from %r: %s", channel, error)
@@ -280,17 +268,17 @@ class Cluster:
     def _message(self, channel: str, envelope: Envelope) -> None:
         header = parse_message_header(envelope.header)
         path, rooms = header.path, header.rooms
-        if channel not in ([path] if rooms is None else [channel_of(path, room) for room in rooms]):
+        if channel != path and (rooms is None or channel not in [channel_of(path, room) for room in rooms]):
             raise EnvelopeError(f"it says that it is for {path!r}, {rooms}")
         message = message_of(header.opcode, envelope.body)
-        if channel not in self._subscribed:
+        if channel not in self._incoming:
             return  # it was on its way when the last member left
-        missed = self._arrivals.arrived(channel, envelope.node, envelope.sequence)
+        missed = self._incoming.arrived(channel, envelope.node, envelope.epoch, envelope.sequence)
         if missed is None:
             self.late += 1
             return
         if missed:
-            self._gap(envelope.node, channel, missed)
+            self._lost(envelope.node, channel, missed)
         if envelope.copy:
             key = (envelope.node, envelope.copy)
             if key in self._delivered:
@@ -302,26 +290,61 @@ class Cluster:
         if namespace is not None:
             namespace.deliver(rooms, message, header.excluded)
 
+    def _marked(self, channel: str, envelope: Envelope) -> None:
+        if channel not in self._incoming:
+            return
+        missed = self._incoming.marked(channel, envelope.node, envelope.epoch, envelope.sequence)
+        if missed:
+            self._lost(envelope.node, channel, missed)
+
+    def _not_understood(self, error: VersionError) -> None:
+        if error.node not in self._foreign:
+            was_ready = self.ready
+            log.error(
+                "node %s runs another release of asena_tornado, and does not understand this one: %s. Nothing passes "
+                "between them: run the same release everywhere",
+                error.node.hex()[:8],
+                error,
+            )
+            if was_ready:
+                self._record("away", str(error))
+        self._foreign[error.node] = (error.version, monotonic())
+
     def ready_changed(self, ready: bool, reason: str) -> None:
-        """Back again: ask everybody how far they have come, which shows what was missed."""
+        """Back again: those who were there meanwhile mark how far they have come, which shows what was missed."""
+        self._reason = "" if ready else reason
         if self._task is None:
             return  # not begun yet, or ended
-        for namespace in self._namespaces.values():
-            namespace.events.record("back" if ready else "away", detail=reason)
+        now = monotonic()
+        if not ready:
+            # It may have been broken long before it was found to be; longer still if this process stood still.
+            doubt_from = min(now, self._pulse_at) - _DOUBTFUL
+            self._doubt_from = doubt_from if self._doubt_from is None else min(self._doubt_from, doubt_from)
+        self._record("back" if ready else "away", reason)
         if ready:
-            self._beat(hello=True)
+            self._members.expect_all()
+            self._knows_all_at = now + 1.2 * HEARTBEAT
+            self._outgoing.repeat()
+            self._beat(hello=True, away=None if self._doubt_from is None else now - self._doubt_from)
 
-    def _gap(self, node: bytes, channel: str, missed: int) -> None:
-        self.missed += missed
+    def _record(self, kind: Literal["away", "back"], detail: str) -> None:
+        for namespace in self._namespaces.values():
+            namespace.events.record(kind, detail=detail)
+
+    def _lost(self, node: bytes, channel: str, missed: int) -> None:
         path, _, room = channel.partition("#")
-        if path in self._namespaces:
-            self._namespaces[path].events.record(
+        self.missed += missed
+        self._gap(Gap(node.hex(), path, room or None, missed), f"{missed} message(s)")
+
+    def _gap(self, gap: Gap, what: str) -> None:
+        if gap.namespace in self._namespaces:
+            self._namespaces[gap.namespace].events.record(
                 "gap",
-                rooms=(room,) if room else (),
-                detail=f"{missed} message(s) of node {node.hex()[:8]} did not come",
+                rooms=() if gap.room is None else (gap.room,),
+                detail=f"{what} of node {gap.node[:8]} did not arrive",
             )
-        gap = Gap(node.hex(), path, room or None, missed)
-        self._warn("%s message(s) of node %s to %r did not arrive", missed, gap.node[:8], channel)
+        where = gap.namespace if gap.room is None else f"{gap.namespace} {gap.room}"
+        self._warn("%s of node %s to %r did not arrive", what, gap.node[:8], where)
         if self.on_gap is not None:
             try:
                 self.on_gap(gap)
@@ -339,293 +362,220 @@ class Cluster:
             level = logging.WARNING
         log.log(level, text, *args)
 
-    # -- signs of life
+    # -- heartbeats and marks
 
     async def _keep_beating(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT)
-            self._beat()
             now = monotonic()
-            for node, known in list(self._known.items()):
-                if known.alive and now - known.seen > _DEAD_AFTER * HEARTBEAT:
-                    # While nothing arrives at all, that nobody is heard proves nothing.
-                    log.log(logging.WARNING if self.ready else logging.DEBUG, "node %s is gone", node.hex()[:8])
-                    self._lose(node)
-                elif not known.alive and now - known.seen > _FORGOTTEN_AFTER:
-                    del self._known[node]
-                    self._arrivals.forget_node(node)
+            if now - self._pulse_at > 2 * HEARTBEAT:
+                # This process stood still; if a connection broke meanwhile, that will be found out just now.
+                self._doubt_from = min(self._doubt_from or now, self._pulse_at - _DOUBTFUL)
+                self._members.expect_all()
+            elif self._doubt_from is not None and self.transport.ready and now > self._knows_all_at:
+                self._doubt_from = None
+            self._pulse_at = now
+            try:
+                if self._serves or self._told != self._unaccounted:
+                    self._beat()
+                self._look_for_the_dead(now)
+                await self._send_marks()
+            except Exception:  # the edge: without heartbeats this node would be taken for dead
+                log.exception("%r: a heartbeat failed", self)
 
-    def _lose(self, node: bytes) -> None:
-        known = self._known.get(node)
-        if known is not None:
-            known.alive = False
-        for question in self._questions.values():
-            question.missing.discard(node)
-            question.look()
+    def _look_for_the_dead(self, now: float) -> None:
+        gone, forgotten = self._members.pulse(ready=self.transport.ready)
+        for node in gone:
+            log.warning("node %s is gone: no heartbeat for %s s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
+            self._remote.lose(node)
+        for node in forgotten:
+            self._incoming.forget_node(node)
+        for node, (_, heard_at) in list(self._foreign.items()):
+            if now - heard_at > DEAD_AFTER * HEARTBEAT:
+                del self._foreign[node]
+                if self.ready:
+                    self._record("back", "every node understands this one")
 
-    def _beat(self, *, hello: bool = False, bye: bool = False, to: bytes | None = None) -> None:
-        if not (self._serves or hello or bye):
-            return
-        if to is not None:
-            sequences = self._sequences.recent(_ANNOUNCED_TO_NEWCOMERS)
+    async def _send_marks(self) -> None:
+        """Mark the channels that have fallen silent, again and again until the bus is known to have the marks."""
+        self._outgoing.turn += 1
+        for number, _ in enumerate(self._outgoing.quiet(), 1):
+            if number % _MARKS == 0:
+                await asyncio.sleep(0)
+        if self._outgoing.unconfirmed and (self._confirming is None or self._confirming.done()):
+            self._confirming = asyncio.get_running_loop().create_task(self._confirm())
+
+    async def _confirm(self) -> None:
+        marks = self._outgoing.sent()
+        try:
+            await self.transport.sync()
+        except TransportError:
+            self._outgoing.repeat()
         else:
-            sequences = self._sequences.latest(self._announce)
-        beat = {
+            self._outgoing.confirm(marks)
+
+    def _mark(self, channel: str, numbers: Numbers) -> bool:
+        payload = pack(self.id, Kind.MARK, b"", epoch=numbers.epoch, sequence=numbers.last)
+        return self.transport.publish(channel, payload)
+
+    def _cannot_account(self, channel: str, count: int) -> None:
+        if count > 0:
+            path = channel.partition("#")[0]
+            self._unaccounted[path] = self._unaccounted.get(path, 0) + count
+
+    def _beat(
+        self,
+        *,
+        hello: bool = False,
+        away: float | None = None,
+        bye: bool = False,
+        to: bytes | None = None,
+        unsure: bool = False,
+    ) -> bool:
+        unaccounted = dict(self._unaccounted)
+        heartbeat = {
             "name": self._name,
             "sockets": {path: len(namespace.sockets) for path, namespace in self._namespaces.items()},
-            "sequences": sequences,
             "serves": self._serves,
             "hello": hello,
+            "away": away,
             "bye": bye,
+            "total": self._outgoing.total,
+            "unaccounted": unaccounted,
+            "unsure": unsure,
         }
-        taken = self._send(_NODES if to is None else _node_channel(to), Kind.BEAT, to_json(beat))
+        taken = self._send(_NODES if to is None else _node_channel(to), Kind.HEARTBEAT, to_json(heartbeat))
         if taken and to is None:
-            for channel, times in list(self._announce.items()):
-                if times == 1:
-                    del self._announce[channel]
-                else:
-                    self._announce[channel] = times - 1
+            self._told = unaccounted
+        return taken
 
-    def _beat_received(self, node: bytes, beat: Beat) -> None:
-        if beat.bye:
-            self._lose(node)
-            self._known.pop(node, None)
-            self._arrivals.forget_node(node)
+    def _heartbeat(self, node: bytes, heartbeat: Heartbeat) -> None:
+        gone_for = self._members.gone_for(node)
+        known, unaccounted, new = self._members.hear(node, heartbeat)
+        for path, count in unaccounted.items():
+            if path in self._namespaces:
+                self._gap(Gap(node.hex(), path, None, count, certain=False), f"up to {count} message(s) to rooms")
+        if heartbeat.unsure:
+            for path in heartbeat.sockets.keys() & self._namespaces.keys():
+                self._gap(Gap(node.hex(), path, None, 0, certain=False), "an unknown number of messages to rooms")
+        if heartbeat.bye:
+            self._remote.lose(node)
+            self._members.pop(node)
+            self._incoming.forget_node(node)
             return
-        for channel, number in beat.sequences.items():
-            if channel in self._subscribed:
-                missed = self._arrivals.announced(channel, node, number)
-                if missed:
-                    self._gap(node, channel, missed)
-        if beat.hello and self._serves:
-            self._beat(to=node)
-        if beat.serves:
+        self._incoming.told(node, heartbeat.total)
+        if heartbeat.serves:
             self._met.set()
-            self._known[node] = _Known(beat.name, beat.sockets, monotonic())
+            if new:
+                self._look_for_strangers(node, known)
+            if gone_for is not None:
+                # Neither side's connection need have been broken, if the bus itself was in two parts.
+                self._beat(hello=True, away=gone_for + _DOUBTFUL, to=node)
+        if heartbeat.hello:
+            unsure = False
+            if heartbeat.away is not None:
+                unsure = not self._outgoing.remark(self._outgoing.turn - int(heartbeat.away / HEARTBEAT) - 2)
+            if self._serves or unsure:
+                self._beat(to=node, unsure=unsure)
+
+    def _look_for_strangers(self, node: bytes, known: Known) -> None:
+        if self._strangers or not self._serves or not known.sockets or not self._namespaces:
+            return
+        if known.sockets.keys().isdisjoint(self._namespaces):
+            self._strangers = True
+            log.warning(
+                "node %s (%s) shares this server's channels, but none of its namespaces (it has %s). If it is another "
+                "application, their rooms mix as soon as they have a namespace in common: give each application a "
+                "prefix of its own, as in RedisTransport(…, prefix=…)",
+                node.hex()[:8],
+                known.name,
+                ", ".join(list(known.sockets)[:5]),
+            )
 
     # -- the cluster in view
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes that are there, this one first."""
-        now = monotonic()
+        """The nodes that are there, this one first. While the transport is not ready, those that were there before."""
+        if not self._serves:
+            return tuple(self._members.nodes())
         own = {path: len(namespace.sockets) for path, namespace in list(self._namespaces.items())}
-        others = [
-            Node(id.hex(), known.name, known.sockets, now - known.seen)
-            for id, known in list(self._known.items())
-            if known.alive
-        ]
-        return (Node(self._id.hex(), self._name, own, 0.0, local=True), *others) if self._serves else tuple(others)
+        return (Node(self.id.hex(), self._name, own, 0.0, local=True), *self._members.nodes())
+
+    @property
+    def alive(self) -> set[bytes]:
+        """The ids of the other nodes that are there."""
+        return self._members.alive
+
+    @property
+    def unknown_for(self) -> float:
+        """Seconds until it is clear which nodes there are; 0 or less when it is."""
+        return self._knows_all_at - monotonic()
 
     async def until_somebody_answers(self) -> None:
         """Return when a node is known, or when it is clear that there is none."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, self._knows_all_at - monotonic())):
+            async with asyncio.timeout(max(0.0, self.unknown_for)):
                 await self._met.wait()
 
-    async def count_sockets(self, path: str | None = None, *, timeout: float = 2.0) -> int:
-        """How many sockets there are in the namespace, or in all of them, on all nodes."""
-        _, total = await self.sockets(path, limit=0, timeout=timeout)
-        return total
+    async def count_sockets(self, path: str | None = None, *, timeout: float = 2.0) -> Count:
+        """How many sockets there are in the namespace, or in all of them, on all nodes.
 
-    async def sockets(
-        self, path: str | None = None, *, limit: int = 1000, timeout: float = 2.0
-    ) -> tuple[list[tuple[str, Any]], int]:
-        """The sockets on all nodes, each as (node id, description), and how many there are.
-
-        At most ``limit`` descriptions per node. A node that does not answer within ``timeout`` seconds is left out.
+        Says which nodes did not answer within ``timeout`` seconds. Raises `TransportError` when none can be asked.
         """
-        found: list[tuple[str, Any]] = []
-        total = 0
-        if self._serves:
-            number, described = self._described(path, limit)
-            found += [(self._id.hex(), each) for each in from_json(described)]
-            total += number
-        for node, (reply, body) in (await self._ask("sockets", path=path, limit=limit, timeout=timeout)).items():
-            total += reply.total
-            try:
-                found += [(node.hex(), each) for each in (from_json(body) if body else ())]
-            except (ValueError, TypeError):
-                self.rejected += 1
-        return found, total
+        return (await self.sockets(path, limit=0, timeout=timeout)).total
+
+    async def sockets(self, path: str | None = None, *, limit: int = 1000, timeout: float = 2.0) -> Listing:
+        """The sockets on all nodes, at most ``limit`` (and 1 MiB of descriptions) of each."""
+        return await self._remote.sockets(path, limit, timeout, serves=self._serves)
 
     async def locate(self, path: str | None, socket_id: str, *, timeout: float = 2.0) -> str | None:
-        """The id of the node that holds the socket, or None."""
-        if self._local(path, socket_id) is not None:
-            return self._id.hex()
-        replies = await self._ask("find", path=path, socket=socket_id, first=True, timeout=timeout)
-        return next((node.hex() for node, (reply, _) in replies.items() if reply.done), None)
+        """The id of the node that holds the socket; None when every node has said that it does not.
+
+        Raises `TransportError` when a node has not answered within ``timeout`` seconds.
+        """
+        node = await self._remote.locate(path, socket_id, timeout)
+        return None if node is None else node.hex()
 
     # -- sockets of other nodes
 
     async def send(self, path: str | None, socket_id: str, message: Message, *, timeout: float = 2.0) -> bool | None:
         """Send to a socket wherever it is: whether it was taken, or None when nobody has it."""
-        return await self._act("send", path, socket_id, body=message.payload, opcode=message.opcode, timeout=timeout)
+        return await self._remote.act("send", path, socket_id, timeout, message.payload, opcode=message.opcode)
 
     async def move(
         self, path: str | None, socket_id: str, room: str, *, into: bool, timeout: float = 2.0
     ) -> bool | None:
         """Put a socket into the room, or take it out: whether that changed anything, or None when nobody has it."""
-        return await self._act("join" if into else "leave", path, socket_id, room=room, timeout=timeout)
+        return await self._remote.act("join" if into else "leave", path, socket_id, timeout, room=room)
 
     async def disconnect(
         self, path: str | None, socket_id: str, code: int = 1000, reason: str = "", *, timeout: float = 2.0
     ) -> bool | None:
         """Close a socket: True, or None when nobody has it. Raises ``ValueError`` as `Socket.close` does."""
         if not valid_close_code(code) or len(reason.encode()) > 123:
-            raise ValueError(f"no code and reason that a close frame may carry: {code}, {reason!r}")
-        return await self._act("disconnect", path, socket_id, code=code, reason=reason, timeout=timeout)
+            raise ValueError(f"not a valid close code and reason: {code}, {reason!r}")
+        return await self._remote.act("disconnect", path, socket_id, timeout, code=code, reason=reason)
 
-    async def _act(
-        self, operation: str, path: str | None, socket_id: str, *, timeout: float, body: bytes = b"", **details: Any
-    ) -> bool | None:
-        request = Request(id="here", operation=operation, path=path, socket=socket_id, **details)  # type: ignore[arg-type]  # pydantic checks it
-        local = self._do(request, body)
-        if local.done:
-            return not local.error
-        key = (path or "", socket_id)
-        node = self._located.get(key)
-        if node is None or node not in self._known:
-            found = await self.locate(path, socket_id, timeout=timeout)
-            if found is None:
-                return None
-            node = bytes.fromhex(found)
-            self._located[key] = node
-            if len(self._located) > _LOCATED:
-                self._located.popitem(last=False)
-        replies = await self._ask(
-            operation, node=node, path=path, socket=socket_id, body=body, timeout=timeout, **details
-        )
-        if node not in replies:
-            self._located.pop(key, None)
-            raise TransportError(
-                f"node {node.hex()[:8]}, which has the socket {socket_id}, did not answer in {timeout} s"
-            )
-        reply, _ = replies[node]
-        if not reply.done:
-            self._located.pop(key, None)
-            return None
-        if reply.error.startswith(_REFUSED):
-            raise RoomLimitError(reply.error.removeprefix(_REFUSED))
-        return not reply.error
+    def ask(self, node: bytes | None, request: bytes, body: bytes) -> bool:
+        """Send a question to a node, or to all; whether the transport took it."""
+        return self._send(_NODES if node is None else _node_channel(node), Kind.REQUEST, request, body)
 
-    async def _ask(
-        self,
-        operation: str,
-        *,
-        timeout: float,
-        node: bytes | None = None,
-        first: bool = False,
-        body: bytes = b"",
-        **details: Any,
-    ) -> dict[bytes, tuple[Reply, bytes]]:
-        """The answers of one node, or of all; of those that answer within ``timeout`` seconds."""
-        if not self.ready:
-            raise TransportError(f"{self.transport!r} is not ready: other nodes cannot be asked")
-        loop = asyncio.get_running_loop()
-        missing = {id for id, known in self._known.items() if known.alive} if node is None else {node}
-        question = _Question(missing, first, loop.create_future())
-        id = uuid.uuid4().hex
-        self._questions[id] = question
-        header = to_json({"id": id, "operation": operation, **details})
-        try:
-            if not self._send(_NODES if node is None else _node_channel(node), Kind.REQUEST, header, body):
-                raise TransportError(f"{self.transport!r} did not take the question")
-            try:
-                async with asyncio.timeout(timeout):
-                    wait = 0.0 if node is not None else self._knows_all_at - monotonic()
-                    if wait > 0 and not first:
-                        await asyncio.sleep(wait)
-                        question.missing |= {
-                            id for id, known in self._known.items() if known.alive and id not in question.replies
-                        }
-                    elif wait > 0:
-                        await asyncio.wait([question.answered], timeout=wait)
-                    question.settled = True
-                    question.look()
-                    await question.answered
-            except TimeoutError:
-                pass
-            return question.replies
-        finally:
-            del self._questions[id]
-
-    def _request(self, node: bytes, request: Request, body: bytes) -> None:
-        if not self._serves:
-            return
-        payload = b""
-        if request.operation == "sockets":
-            number, payload = self._described(request.path, request.limit)
-            reply = Reply(id=request.id, done=True, total=number)
-        else:
-            try:
-                reply = self._do(request, body)
-            except (RoomNameError, RoomLimitError) as error:
-                reply = Reply(id=request.id, done=True, error=_REFUSED + str(error))
-        self._send(_node_channel(node), Kind.REPLY, to_json(reply), payload)
-
-    def _reply(self, node: bytes, reply: Reply, body: bytes) -> None:
-        question = self._questions.get(reply.id)
-        if question is not None:
-            question.replies[node] = (reply, body)
-            question.missing.discard(node)
-            question.look()
-
-    def _do(self, request: Request, body: bytes) -> Reply:
-        """Do it with a local socket. ``error``: it is here, but nothing came of it."""
-        socket = self._local(request.path, request.socket)
-        if socket is None:
-            return Reply(id=request.id, done=False)
-        namespace = socket._namespace
-        error = ""
-        if request.operation == "send":
-            if not namespace.send_to(socket, message_of(request.opcode, body)):
-                error = "not taken"
-        elif request.operation == "join":
-            if not request.room:
-                raise EnvelopeError("a room without a name")
-            if socket.is_subscribed(request.room):
-                error = "was in it already"
-            else:
-                socket.subscribe(request.room)
-        elif request.operation == "leave":
-            if socket.is_subscribed(request.room):
-                socket.unsubscribe(request.room)
-            else:
-                error = "was not in it"
-        elif request.operation == "disconnect":
-            if not valid_close_code(request.code) or len(request.reason.encode()) > 123:
-                raise EnvelopeError(f"no way to close a socket: {request.code} {request.reason!r}")
-            socket.close(request.code, request.reason)
-        return Reply(id=request.id, done=True, error=error)
-
-    def _local(self, path: str | None, socket_id: str) -> Socket[Any] | None:
-        for namespace in self._namespaces.values() if path is None else self._mounted(path):
-            socket = namespace.sockets.get(socket_id)
-            if socket is not None:
-                return socket
-        return None
-
-    def _mounted(self, path: str) -> Iterable[Namespace]:
-        namespace = self._namespaces.get(path)
-        return () if namespace is None else (namespace,)
-
-    def _described(self, path: str | None, limit: int) -> tuple[int, bytes]:
-        scope = list(self._namespaces.values() if path is None else self._mounted(path))
-        sockets = islice((socket for namespace in scope for socket in namespace.sockets.values()), max(0, limit))
-        described = [self._describe(socket) for socket in sockets] if self._describe is not None else []
-        return sum(len(n.sockets) for n in scope), to_json(described, inf_nan_mode="null", fallback=repr)
+    def answer(self, node: bytes, reply: bytes, body: bytes) -> None:
+        """Answer a node's question."""
+        self._send(_node_channel(node), Kind.REPLY, reply, body)
 
     def _send(self, channel: str, kind: Kind, header: bytes, body: bytes = b"") -> bool:
-        return self.transport.publish(channel, pack(self._id, 0, kind, header, body))
+        return self.transport.publish(channel, pack(self.id, kind, header, body))
 
     @property
     def _own_channel(self) -> str:
-        return _node_channel(self._id)
+        return _node_channel(self.id)
 
     def __repr__(self) -> str:
-        state = "ready" if self.ready else "not ready"
-        others = sum(known.alive for known in self._known.values())
+        reason = self.why_not_ready
+        state = "ready" if reason is None else f"not ready ({reason})"
+        others = len(self._members)
         return f"<Cluster {state}: this node and {others} other{'' if others == 1 else 's'}, by {self.transport!r}>"
 
 
@@ -633,4 +583,4 @@ def _node_channel(node: bytes) -> str:
     return f"node:{node.hex()}"
 
 
-__all__ = ["Cluster", "Gap", "Node"]
+__all__ = ["HEARTBEAT", "Cluster", "channel_of"]

@@ -1,13 +1,14 @@
 """What travels between nodes, as bytes: a fixed preamble, a header in JSON, and the message's payload. Pure.
 
 Whatever arrives is validated here; what is malformed, or from somebody else, raises `EnvelopeError`.
+
+Two releases understand each other as long as the newer one only adds: fields at the end of the preamble, which says
+how long it is; fields of the JSON headers, which may be ignored; and kinds, which are ignored as well.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
-from collections.abc import Iterable
 from enum import IntEnum
 from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple, TypeVar
@@ -17,14 +18,20 @@ from pydantic_core import to_json
 
 from ..messages import BINARY, Message
 
-# The last byte is the version of the format.
-_MAGIC = b"asn\x01"
-_PREAMBLE = struct.Struct(">4s16sQQBI")  # magic, node, sequence, copy, kind, length of the header
-_NODE = slice(4, 20)
-_REMEMBERED = 100_000  # channels whose sequence a publisher remembers
-_PUBLISHERS = 1000  # of one channel, whose sequence a receiver remembers
+VERSION = 2  # of the format that is written here
+_READABLE_FROM = 2  # the oldest release that can read it; higher than before only when an old one would misread it
+_READS_FROM = 2  # the oldest format that can be read here
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+_MAGIC = b"asn"
+# Magic, version, the oldest version that may read it, the preamble's size, kind, node: this much is for ever.
+# Then epoch, sequence, offset, copy, and the length of the header.
+_PREAMBLE = struct.Struct(">3sBBBB16sQQQQI")
+_NODE = slice(7, 23)
+_NODE_OF_VERSION_1 = slice(4, 20)
+
+_CACHED = 2048  # bytes of a header that may be kept
+
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1)]
 M = TypeVar("M", bound=BaseModel)
 
@@ -33,25 +40,40 @@ class EnvelopeError(ValueError):
     """Not an envelope of ours."""
 
 
+class VersionError(EnvelopeError):
+    """An envelope of a release that this one does not understand, or that does not understand this one."""
+
+    def __init__(self, node: bytes, version: int) -> None:
+        super().__init__(f"its format has version {version}; this release reads {_READS_FROM} to {VERSION}")
+        self.node = node
+        self.version = version
+
+
 class Kind(IntEnum):
     """What an envelope holds."""
 
     MESSAGE = 1
-    BEAT = 2
+    HEARTBEAT = 2
     REQUEST = 3
     REPLY = 4
+    MARK = 5  # no message: how far the channel has come
 
 
 class Envelope(NamedTuple):
-    """``sequence`` counts what the node published to the channel, from 1; 0 is not counted.
+    """What a node sent.
 
-    ``copy``: not 0 when the node published the message to several channels; the same in each.
+    ``sequence`` counts what the node published to the channel, from 1; it began to count when the node's messages to
+    all channels together were ``epoch``. ``offset``: the message's position in the room's history, or 0. ``copy``:
+    not 0 when the node published the message to several channels; the same in each.
     """
 
     node: bytes
-    sequence: int
-    copy: int
+    version: int
     kind: int
+    epoch: int
+    sequence: int
+    offset: int
+    copy: int
     header: bytes
     body: bytes
 
@@ -69,15 +91,19 @@ class MessageHeader(_Header):
     opcode: Literal[0x1, 0x2]
 
 
-class Beat(_Header):
-    """A node is there. ``sockets``: how many, per namespace. ``sequences``: how far channels have come."""
+class Heartbeat(_Header):
+    """A node is there. Its size depends on the node's namespaces, not on what it publishes."""
 
     name: str
-    sockets: dict[str, Count]
-    sequences: dict[str, Count] = {}
+    sockets: dict[str, Natural]  # how many, per namespace
     serves: bool = True  # or only sends
     hello: bool = False  # it has just come, or come back: introduce yourselves
+    away: float | None = None  # with hello: seconds for which it may have missed messages
     bye: bool = False
+    total: Natural = 0  # messages that it has published to all channels together
+    # Per namespace, messages to rooms that it no longer remembers and that may not have gone out; ever.
+    unaccounted: dict[str, Natural] = {}
+    unsure: bool = False  # in the answer to a hello: it has forgotten rooms that it published to since
 
 
 Operation = Literal["find", "send", "join", "leave", "disconnect", "sockets"]
@@ -98,17 +124,32 @@ class Request(_Header):
 
 
 class Reply(_Header):
-    """What came of it: ``done``, or not, and perhaps why not."""
+    """What came of it: ``done``, or not, and perhaps why not. ``listed``: of ``total`` sockets, those described."""
 
     id: str
     done: bool
     error: str = ""
-    total: int = 0
+    refused: bool = False  # the node may not do what was asked; ``error`` says why
+    total: Natural = 0
+    listed: Natural = 0
 
 
-def pack(node: bytes, sequence: int, kind: Kind, header: bytes, body: bytes = b"", *, copy: int = 0) -> bytes:
+def pack(
+    node: bytes,
+    kind: Kind,
+    header: bytes,
+    body: bytes = b"",
+    *,
+    epoch: int = 0,
+    sequence: int = 0,
+    offset: int = 0,
+    copy: int = 0,
+) -> bytes:
     """The envelope's bytes."""
-    return _PREAMBLE.pack(_MAGIC, node, sequence, copy, kind, len(header)) + header + body
+    preamble = _PREAMBLE.pack(
+        _MAGIC, VERSION, _READABLE_FROM, _PREAMBLE.size, kind, node, epoch, sequence, offset, copy, len(header)
+    )
+    return preamble + header + body
 
 
 def is_from(payload: bytes, node: bytes) -> bool:
@@ -117,27 +158,46 @@ def is_from(payload: bytes, node: bytes) -> bool:
 
 
 def unpack(payload: bytes) -> Envelope:
-    """The envelope's parts, the header not parsed yet."""
-    if len(payload) < _PREAMBLE.size:
-        raise EnvelopeError("too short for an envelope")
-    magic, node, sequence, copy, kind, length = _PREAMBLE.unpack_from(payload)
-    if magic != _MAGIC:
-        raise EnvelopeError("not an envelope of this version")
-    end = _PREAMBLE.size + length
+    """The envelope's parts, the header not parsed yet. Raises `EnvelopeError`, and `VersionError`."""
+    if payload[:3] != _MAGIC or len(payload) < _NODE.stop:
+        raise EnvelopeError("not an envelope")
+    version = payload[3]
+    if version == 1:
+        raise VersionError(payload[_NODE_OF_VERSION_1], 1)
+    if version < _READS_FROM or payload[4] > VERSION:
+        raise VersionError(payload[_NODE], version)
+    if len(payload) < _PREAMBLE.size or payload[5] < _PREAMBLE.size:
+        raise EnvelopeError("the preamble is cut off")
+    _, _, _, size, kind, node, epoch, sequence, offset, copy, length = _PREAMBLE.unpack_from(payload)
+    end = size + length
     if end > len(payload):
         raise EnvelopeError("the header is cut off")
-    return Envelope(node, sequence, copy, kind, payload[_PREAMBLE.size : end], payload[end:])
+    return Envelope(node, version, kind, epoch, sequence, offset, copy, payload[size:end], payload[end:])
 
 
-@lru_cache(maxsize=1024)
 def message_header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:
     """`MessageHeader` as JSON; most messages have the same as one before."""
+    if excluded or (rooms is not None and len(rooms) > 1):
+        return _header(path, rooms, excluded, opcode)
+    return _cached_header(path, rooms, opcode)
+
+
+def _header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:
     return to_json({"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode})
 
 
 @lru_cache(maxsize=1024)
+def _cached_header(path: str, rooms: tuple[str, ...] | None, opcode: int) -> bytes:
+    return _header(path, rooms, (), opcode)
+
+
 def parse_message_header(header: bytes) -> MessageHeader:
     """The header, validated."""
+    return _cached_message_header(header) if len(header) < _CACHED else parse(MessageHeader, header)
+
+
+@lru_cache(maxsize=1024)
+def _cached_message_header(header: bytes) -> MessageHeader:
     return parse(MessageHeader, header)
 
 
@@ -146,11 +206,13 @@ def parse(model: type[M], header: bytes) -> M:
     try:
         return model.model_validate_json(header)
     except ValidationError as error:
-        raise EnvelopeError(f"invalid {model.__name__}: {error.errors(include_url=False)[:3]}") from None
+        # The values may be long, and somebody else's.
+        found = error.errors(include_url=False, include_input=False, include_context=False)[:3]
+        raise EnvelopeError(f"invalid {model.__name__}: {found}") from None
 
 
 def message_of(opcode: int, body: bytes) -> Message:
-    """The message for local sockets. Text that is no text would make every client close its connection."""
+    """The message for local sockets. Text that is not UTF-8 would make every client close its connection."""
     if opcode != BINARY:
         try:
             str(body, "utf-8")
@@ -159,90 +221,17 @@ def message_of(opcode: int, body: bytes) -> Message:
     return Message(opcode, body)
 
 
-class Sequences:
-    """Numbers what one node publishes, per channel, from 1. Channels not used for long begin again."""
-
-    def __init__(self) -> None:
-        self._last: OrderedDict[str, int] = OrderedDict()
-
-    def next(self, channel: str) -> int:
-        """The next number of the channel."""
-        number = self._last.pop(channel, 0) + 1
-        self._last[channel] = number
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
-        return number
-
-    def latest(self, channels: Iterable[str]) -> dict[str, int]:
-        """How far these channels have come."""
-        return {channel: self._last[channel] for channel in channels if channel in self._last}
-
-    def recent(self, count: int) -> dict[str, int]:
-        """How far the ``count`` channels have come that were used last."""
-        found: dict[str, int] = {}
-        for channel in reversed(self._last):
-            if len(found) == count:
-                break
-            found[channel] = self._last[channel]
-        return found
-
-
-class Arrivals:
-    """What one node has received, per channel and publisher: what is missing, and what comes too late.
-
-    A publisher's first message on a channel is where counting begins, whatever its number: who subscribes later
-    has missed nothing. Number 1 begins anew, too.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[str, dict[bytes, int]] = {}
-
-    def arrived(self, channel: str, node: bytes, number: int) -> int | None:
-        """How many are missing just before this one; None when this one is a duplicate, or late."""
-        of_channel = self._last.setdefault(channel, {})
-        last = of_channel.get(node)
-        if last is not None and number <= last and (number != 1 or last == 1):
-            return None
-        self._note(of_channel, node, number)
-        return 0 if last is None or number == 1 else number - last - 1
-
-    def announced(self, channel: str, node: bytes, number: int) -> int:
-        """The node says that it has published up to this number: how many of those did not arrive."""
-        of_channel = self._last.setdefault(channel, {})
-        last = of_channel.get(node)
-        if last is None or number > last:
-            self._note(of_channel, node, number)
-        return 0 if last is None else max(0, number - last)
-
-    @staticmethod
-    def _note(of_channel: dict[bytes, int], node: bytes, number: int) -> None:
-        # Whoever was heard last comes last: of publishers that come and go without a word, only so many are kept.
-        of_channel.pop(node, None)
-        of_channel[node] = number
-        if len(of_channel) > _PUBLISHERS:
-            del of_channel[next(iter(of_channel))]
-
-    def forget_channel(self, channel: str) -> None:
-        """It is not subscribed to any more."""
-        self._last.pop(channel, None)
-
-    def forget_node(self, node: bytes) -> None:
-        """It is gone for good."""
-        for of_channel in self._last.values():
-            of_channel.pop(node, None)
-
-
 __all__ = [
-    "Arrivals",
-    "Beat",
+    "VERSION",
     "Envelope",
     "EnvelopeError",
+    "Heartbeat",
     "Kind",
     "MessageHeader",
     "Operation",
     "Reply",
     "Request",
-    "Sequences",
+    "VersionError",
     "is_from",
     "message_header",
     "message_of",
