@@ -97,6 +97,7 @@ class Cluster:
         self._unaccounted: dict[str, int] = {}  # by namespace
         self._told: dict[str, int] = {}  # of that, what a heartbeat has said
         self._foreign: dict[bytes, tuple[int, float]] = {}  # nodes of other releases: version, and heard when
+        self._complained: set[bytes] = set()  # about which of them the log has been told
         self._strangers = False  # somebody shares the channels who seems to be another application
         self._task: asyncio.Task[None] | None = None
         self._confirming: asyncio.Task[None] | None = None
@@ -257,8 +258,9 @@ class Cluster:
             elif envelope.version <= VERSION:
                 raise EnvelopeError(f"unknown kind {kind}")
         except VersionError as error:
-            self.rejected += 1
-            self._not_understood(error)
+            if error.node != self.id:
+                self.rejected += 1
+                self._not_understood(error)
         except EnvelopeError as error:
             self.rejected += 1
             self._warn("dropped an envelope from %r: %s", channel, error)
@@ -298,16 +300,17 @@ class Cluster:
             self._lost(envelope.node, channel, missed)
 
     def _not_understood(self, error: VersionError) -> None:
-        if error.node not in self._foreign:
-            was_ready = self.ready
+        if error.node not in self._foreign and self.ready:
+            self._record("away", str(error))
+        if error.node not in self._complained:
+            if len(self._complained) < _REMEMBERED:
+                self._complained.add(error.node)
             log.error(
                 "node %s runs another release of asena_tornado, and does not understand this one: %s. Nothing passes "
                 "between them: run the same release everywhere",
                 error.node.hex()[:8],
                 error,
             )
-            if was_ready:
-                self._record("away", str(error))
         self._foreign[error.node] = (error.version, monotonic())
 
     def ready_changed(self, ready: bool, reason: str) -> None:
