@@ -389,7 +389,7 @@ class Cluster:
     def _look_for_the_dead(self, now: float) -> None:
         gone, forgotten = self._members.pulse(ready=self.transport.ready)
         for node in gone:
-            log.warning("node %s is gone: no heartbeat for %s s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
+            log.warning("node %s is gone: no heartbeat for %g s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
             self._remote.lose(node)
         for node in forgotten:
             self._incoming.forget_node(node)
