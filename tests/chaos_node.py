@@ -1,7 +1,8 @@
-"""A node for `tests/test_chaos.py`: ``python -m tests.chaos_node URL PREFIX TIMEOUT``, in a process of its own.
+"""The nodes of `tests/test_chaos.py`, each in a process of its own: ``python -m tests.chaos_node`` makes them.
 
-It prints its port and its id and then, for each question on stdin, an answer on stdout, all of them lines of JSON. The
-end of the questions is the end of the node, whatever becomes of the test.
+For each line on stdin it forks one, which saves importing everything again. A node connects to the Unix socket that
+the line names, says who it is, and then answers questions there, all in lines of JSON. The end of that connection is
+the end of the node, whatever becomes of the test.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 from collections import Counter, defaultdict
@@ -117,7 +119,7 @@ def ports_to(url: str) -> list[int]:
     return ports
 
 
-async def answer(server: Any, question: str) -> Any:
+async def answer(server: Any, url: str, question: str) -> Any:
     if question == "state":
         return await state(server)
     if question == "sync":
@@ -135,35 +137,49 @@ async def answer(server: Any, question: str) -> Any:
     if question == "record":
         return {"busy": record.busy, "not_ready": record.not_ready}
     if question == "ports":
-        return ports_to(sys.argv[1])
+        return ports_to(url)
     raise ValueError(question)
 
 
-async def main(url: str, prefix: str, timeout: float) -> None:
+async def serve(url: str, prefix: str, timeout: float, control: str) -> None:
+    """Be a node until nobody asks any more."""
+    reader, writer = await asyncio.open_unix_connection(control)
     transport = RedisTransport(url, prefix=prefix, timeout=timeout)
-    async with AsenaServer(Chat, port=0, transport=transport, on_gap=noticed) as server:
+
+    def tell(content: dict[str, Any]) -> None:
+        writer.write(json.dumps(content).encode() + b"\n")
+
+    async def reply(server: Any, question: dict[str, Any]) -> None:
+        try:
+            content = {"answer": await answer(server, url, question["ask"])}
+        except Exception as error:  # it is the test's
+            content = {"error": repr(error)}
+        tell({"id": question["id"], **content})
+
+    async with AsenaServer(Chat, port=0, transport=transport, on_gap=noticed) as server, asyncio.TaskGroup() as tasks:
         assert server.cluster is not None
         record.id = server.cluster.nodes[0].id
-        loop = asyncio.get_running_loop()
+        tell({"port": server.port, "node": record.id, "process": os.getpid()})
+        timekeeper = tasks.create_task(keep_time(server))
+        while line := await reader.readline():
+            tasks.create_task(reply(server, json.loads(line)))
+        timekeeper.cancel()
+    writer.close()
 
-        def tell(content: dict[str, Any]) -> None:
-            sys.stdout.write(json.dumps(content) + "\n")
-            sys.stdout.flush()
 
-        async def reply(question: dict[str, Any]) -> None:
-            try:
-                content = {"answer": await answer(server, question["ask"])}
-            except Exception as error:  # it is the test's
-                content = {"error": repr(error)}
-            tell({"id": question["id"], **content})
-
-        tell({"port": server.port, "node": record.id})
-        async with asyncio.TaskGroup() as tasks:
-            timekeeper = tasks.create_task(keep_time(server))
-            while line := await loop.run_in_executor(None, sys.stdin.readline):
-                tasks.create_task(reply(json.loads(line)))
-            timekeeper.cancel()
+def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: their ends of the connections tell
+    for line in sys.stdin:
+        if os.fork() == 0:
+            node = json.loads(line)
+            log = os.open(node.pop("log"), os.O_WRONLY | os.O_CREAT)
+            for descriptor in (1, 2):
+                os.dup2(log, descriptor)
+            sys.stdin.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            asyncio.run(serve(**node))
+            return
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], float(sys.argv[3])))
+    main()

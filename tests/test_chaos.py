@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -170,66 +171,82 @@ class Client(asyncio.Protocol):
 # -- nodes
 
 
-class Node:
-    """A server in a process of its own (`tests/chaos_node.py`), and its clients."""
+class Nursery:
+    """Makes nodes, each a process of its own: see `tests/chaos_node.py`."""
 
-    def __init__(self, url: str, prefix: str, log: Path) -> None:
+    def __init__(self) -> None:
         root = Path(__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-        with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos_node", url, prefix, str(TIMEOUT)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-            )
-        self.log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos_node"], bufsize=0, stdin=subprocess.PIPE, env=environment
+        )
+
+    def make(self, **node: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(node).encode() + b"\n")
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+class Node:
+    """A server in a process of its own, and its clients."""
+
+    def __init__(self, url: str, log: Path) -> None:
         self.url = url
+        self.log = log
         self.id = ""
         self.port = 0
         self.clients: list[Client] = []
         self.sent = 0  # messages that its clients have asked it to publish
         self.since = 0.0  # when it began to hear its rooms
         self.late = False  # it came when others had published already
+        self._process = 0
         self._questions: dict[int, asyncio.Future[Any]] = {}
         self._asked = 0
         self._reading: asyncio.Task[None] | None = None
-        self._pipe: asyncio.BaseTransport | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
-    async def start(self) -> None:
+    async def start(self, nursery: Nursery, prefix: str) -> None:
         """Returns once it serves."""
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=2**24)
-        assert self.process.stdout is not None
-        self._pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self.process.stdout)
-        first = await reader.readline()
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
+        # The path of such a socket has to be short.
+        with tempfile.TemporaryDirectory(prefix="asena-") as directory:
+            control = f"{directory}/node"
+            async with await asyncio.start_unix_server(lambda *ends: connected.set_result(ends), control, limit=2**24):
+                nursery.make(url=self.url, prefix=prefix, timeout=TIMEOUT, control=control, log=str(self.log))
+                reader, self._writer = await connected
+                first = await reader.readline()
         assert first, self.log.read_text()
         about = json.loads(first)
-        self.port, self.id = about["port"], about["node"]
+        self.port, self.id, self._process = about["port"], about["node"], about["process"]
         self._reading = loop.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            reply = json.loads(line)
-            answered = self._questions.pop(reply["id"])
-            if not answered.done():
+        with suppress(ConnectionResetError):
+            while line := await reader.readline():
+                reply = json.loads(line)
+                answered = self._questions.pop(reply["id"])
+                if answered.done():
+                    continue
                 if "error" in reply:
                     answered.set_exception(AssertionError(f"a node failed: {reply['error']}"))
                 else:
                     answered.set_result(reply["answer"])
+        self._process = 0
         for answered in self._questions.values():
             if not answered.done():
                 answered.set_exception(ConnectionError("the node has ended"))
 
     async def ask(self, question: str, timeout: float = 5.0) -> Any:
         """Its answer; TimeoutError if there is none in time, ConnectionError if there will never be."""
+        if not self._process or self._writer is None:
+            raise ConnectionError("the node has ended")
         self._asked += 1
         number = self._asked
         answered = self._questions[number] = asyncio.get_running_loop().create_future()
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"id": number, "ask": question}).encode() + b"\n")
+        self._writer.write(json.dumps({"id": number, "ask": question}).encode() + b"\n")
         async with asyncio.timeout(timeout):
             return await answered
 
@@ -245,20 +262,18 @@ class Node:
         return next(client for client in self.clients if room in client.rooms)
 
     def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        """To its process, if there still is one."""
+        if self._process:
+            os.kill(self._process, number)
 
     async def end(self) -> None:
         """Kill it, and leave nothing behind."""
-        self.process.kill()
+        self.signal(signal.SIGKILL)
         for client in self.clients:
             client.close()
-        if self._reading is not None:
+        if self._reading is not None and self._writer is not None:
             await self._reading
-        if self._pipe is not None:
-            self._pipe.close()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        await asyncio.to_thread(self.process.wait)
+            self._writer.close()
 
 
 # -- Redis, and the wire to it
@@ -371,7 +386,9 @@ class _Wire:
 class Scene:
     """The nodes, their clients, and what these say all the time."""
 
-    def __init__(self, scale: Scale, redis: RedisServer, directory: Path, seed: int, *, quiet: bool) -> None:
+    def __init__(
+        self, scale: Scale, redis: RedisServer, nursery: Nursery, directory: Path, *, seed: int, quiet: bool
+    ) -> None:
         self.scale = scale
         self.redis = redis
         self.directory = directory
@@ -379,13 +396,14 @@ class Scene:
         self.nodes: list[Node] = []
         self.dead: list[Node] = []
         self.problems: list[str] = []
-        self._quiet = quiet
+        self.quiet = quiet
+        self._nursery = nursery
         self._prefix = uuid.uuid4().hex
         self._random = random.Random(seed)
         self._talk: asyncio.Task[None] | None = None
 
     async def open(self, *, user: str = "", proxied: bool = False) -> None:
-        """Returns when all nodes know one another and have got a message of each other in every room."""
+        """Returns when all nodes have got a message of each other in every room."""
         if user:
             await redis_says(self.redis, f"ACL SETUSER {user} on >secret ~* &* +@all")
             user += ":secret@"
@@ -395,9 +413,8 @@ class Scene:
             ports[1] = self.proxy.port
         for port in ports:
             self._new(f"redis://{user}127.0.0.1:{port}")
-        await asyncio.gather(*[node.start() for node in self.nodes])
+        await asyncio.gather(*[node.start(self._nursery, self._prefix) for node in self.nodes])
         await asyncio.gather(*[node.join(self._places) for node in self.nodes])
-        await until(self._view_is_right, "the nodes know one another", BOUND)
         assert await self.mark(BOUND), "not all of the first messages arrive"
 
     @property
@@ -408,7 +425,7 @@ class Scene:
 
     def _new(self, url: str) -> Node:
         number = len(self.nodes) + len(self.dead)
-        node = Node(url, self._prefix, self.directory / f"node{number}.log")
+        node = Node(url, self.directory / f"node{number}.log")
         self.nodes.append(node)
         return node
 
@@ -423,7 +440,7 @@ class Scene:
         node = self._new(dead.url)
         self.nodes.remove(node)  # nobody talks to it before it is complete
         node.late = True
-        await node.start()
+        await node.start(self._nursery, self._prefix)
         await node.join(self._places)
         self.nodes.append(node)
 
@@ -451,7 +468,7 @@ class Scene:
 
     async def may_fall_silent(self) -> None:
         """In a case that is quiet afterwards: before the fault is over."""
-        if self._quiet:
+        if self.quiet:
             await self.hush()
 
     async def _keep_talking(self) -> None:
@@ -522,13 +539,13 @@ class Scene:
                     wrong.append(f"node {node.id[:8]} counts {state['sockets']} clients instead of {clients}")
         return wrong
 
-    async def _view_is_right(self) -> bool:
+    async def view_is_right(self) -> bool:
         return not await self.view()
 
     async def view_right_after(self, moment: float) -> float:
         """Seconds since then until every node's view is right. It is a problem if that takes too long."""
         try:
-            await until(self._view_is_right, "the view is right", moment + BOUND - monotonic())
+            await until(self.view_is_right, "the view is right", moment + BOUND - monotonic())
         except TimeoutError:
             self.problems += await self.view() or [f"the view was right only {monotonic() - moment:.1f} s later"]
         return monotonic() - moment
@@ -765,7 +782,11 @@ async def redis_full(scene: Scene) -> AsyncIterator[None]:
 @asynccontextmanager
 async def permissions_revoked(scene: Scene) -> AsyncIterator[None]:
     await redis_says(scene.redis, f"ACL SETUSER {USER} -publish")
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(1)
+    if scene.quiet:
+        # Until the nodes have said often enough how far they are, to nobody.
+        await scene.hush()
+        await asyncio.sleep(4)
     await redis_says(scene.redis, f"ACL SETUSER {USER} +publish")
     await asyncio.sleep(0.5)
     # This shows with the next connection.
@@ -845,13 +866,20 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[object, ...]]]:
-    """The rows of the table, which the long form prints."""
+    """The rows of the table, which is printed in the long form, and with -v."""
     head = ("case", "messages", "deliveries", "lost", "reported", "uncertain", "duplicates", "view right after, s")
     rows: list[tuple[object, ...]] = []
     yield rows
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if request.config.getoption("--long") and terminal is not None:
+    if terminal is not None and (request.config.getoption("--long") or request.config.getoption("verbose") > 0):
         terminal.write_line("")
         for row in [(*head, "not ready, s"), ("---", *["---:"] * len(head)), *rows]:
             terminal.write_line(f"| {' | '.join(map(str, row))} |")
@@ -861,6 +889,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[object, ...]]]:
 async def test_what_is_lost_is_reported_and_all_else_comes_once_and_in_order(
     name: str,
     redis_server: RedisServer,
+    nursery: Nursery,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     table: list[tuple[object, ...]],
@@ -870,13 +899,15 @@ async def test_what_is_lost_is_reported_and_all_else_comes_once_and_in_order(
     scale = LONG if long else SHORT
     redis_server.stop()  # one that nothing has happened to
     await asyncio.to_thread(redis_server.start)
-    scene = Scene(scale, redis_server, tmp_path, request.config.getoption("--seed") or 0, quiet=case.quiet)
+    seed = request.config.getoption("--seed") or 0
+    scene = Scene(scale, redis_server, nursery, tmp_path, seed=seed, quiet=case.quiet)
     try:
         async with asyncio.timeout(scale.bound):
             await scene.open(user=case.user, proxied=case.proxied)
             begun = monotonic()
             scene.talk()
-            await asyncio.sleep(scale.before)
+            await until(scene.view_is_right, "the nodes know one another", BOUND)
+            await asyncio.sleep(begun + scale.before - monotonic())
             async with case.fault(scene):
                 await asyncio.sleep(case.seconds[long])
                 await scene.may_fall_silent()
