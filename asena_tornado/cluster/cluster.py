@@ -101,6 +101,7 @@ class Cluster:
         self._strangers = False  # somebody shares the channels who seems to be another application
         self._task: asyncio.Task[None] | None = None
         self._confirming: asyncio.Task[None] | None = None
+        self._was_ready = False  # the transport, as it was told last
         self._reason = ""  # why the transport is not ready
         self._knows_all_at = 0.0
         self._pulse_at = 0.0  # when the last turn of `_keep_beating` began
@@ -115,6 +116,7 @@ class Cluster:
         self._subscribe(_NODES)
         self._subscribe(self._own_channel)
         await self.transport.start(self)
+        self._was_ready = self.transport.ready
         # Whoever is there answers a greeting at once; and sends a heartbeat within one interval in any case.
         self._knows_all_at = monotonic() + 1.2 * HEARTBEAT
         self._pulse_at = monotonic()
@@ -147,10 +149,12 @@ class Cluster:
             self._outgoing.repeat()
         for _ in self._outgoing.quiet(all=True):
             pass
-        if not self._beat(bye=True) or self._outgoing.unmarked:
+        self._beat(bye=True)
+        if self._outgoing.unmarked:
             log.error(
-                "%r: stopped without the other nodes; what was published last to %s room(s) may not have reached them",
-                self,
+                "%r: stopped while not ready; what was published last to %s room(s) may not have reached other nodes, "
+                "and they cannot be told",
+                self.transport,
                 self._outgoing.unmarked,
             )
         self._remote.stop()
@@ -318,6 +322,9 @@ class Cluster:
         self._reason = "" if ready else reason
         if self._task is None:
             return  # not begun yet, or ended
+        if ready == self._was_ready:
+            return
+        self._was_ready = ready
         now = monotonic()
         if not ready:
             # It may have been broken long before it was found to be; longer still if this process stood still.

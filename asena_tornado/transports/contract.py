@@ -13,7 +13,7 @@ class Receiver(Protocol):
         ...
 
     def ready_changed(self, ready: bool, reason: str) -> None:
-        """`Transport.ready` has changed since `Transport.start` returned.
+        """`Transport.ready` has changed, or the reason why it is False.
 
         While it was False, messages may have been lost in either direction; the receiver finds out which. ``reason``
         says why it is not ready, in words for a person who has to repair it; empty when it is.
@@ -53,9 +53,9 @@ class Transport(Protocol):
     async def start(self, receiver: Receiver) -> None:
         """Connect. Raises `ConfigurationError` for what can never work (an address, a password).
 
-        A bus that is merely away is no error: then `ready` is False and becomes True later. It returns within a few
-        seconds in any case, and calls `Receiver.ready_changed` only for changes after that; messages may be delivered
-        before.
+        A bus that is merely away is no error: then `ready` is False, `Receiver.ready_changed` has been told why, and
+        becomes True later. It returns within a few seconds in any case. When it has become ready it has not called
+        `Receiver.ready_changed` at all: that is for what changes afterwards.
         """
         ...
 

@@ -82,6 +82,7 @@ class RedisTransport:
         self._subscriber = _Line("subscriber", self)
         self._refusal = ""  # why Redis does not accept what is published
         self._ready = False
+        self._told = ""  # the reason why it is not, as the receiver knows it
         self._overflowing = False
         # Published and waiting for the next pipeline: finished commands.
         self._pending: deque[bytes] = deque()
@@ -137,7 +138,9 @@ class RedisTransport:
             raise
         self._started = True
         if not self._ready:
-            log.warning("%r: not ready yet, sending locally until it is: %s", self, self._reason or "no answer")
+            reason = self._reason or "no answer"
+            log.warning("%r: not ready yet, sending locally until it is: %s", self, reason)
+            self._tell(reason)
 
     async def stop(self) -> None:
         """Send what waits, for at most a second, and disconnect."""
@@ -446,17 +449,23 @@ class RedisTransport:
             and self._returned >= self._fresh_from
             and all(line.up and not line.slow for line in (self._publisher, self._subscriber))
         )
+        reason = "" if ready else self._reason
         if ready == self._ready:
+            if reason != self._told:
+                self._tell(reason)
             return
         self._ready = ready
-        reason = self._reason
         if ready:
             log.info("%r is ready", self)
             self._first_attempt_over()
         else:
             log.warning("%r is not ready: %s", self, reason)
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        self._told = reason
         if self._receiver is not None and self._started:
-            self._receiver.ready_changed(ready, reason)
+            self._receiver.ready_changed(self._ready, reason)
 
     @property
     def _reason(self) -> str:
