@@ -36,7 +36,7 @@ from .envelope import (
     unpack,
 )
 from .nodes import DEAD_AFTER, Count, Gap, Known, Membership, Node
-from .numbering import Incoming, Numbers, Outgoing
+from .numbering import LATE, UNWANTED, Incoming, Numbers, Outgoing
 from .remote import Listing, Remote
 
 if TYPE_CHECKING:
@@ -277,13 +277,13 @@ class Cluster:
         if channel != path and (rooms is None or channel not in [channel_of(path, room) for room in rooms]):
             raise EnvelopeError(f"it says that it is for {path!r}, {rooms}")
         message = message_of(header.opcode, envelope.body)
-        if channel not in self._incoming:
-            return  # it was on its way when the last member left
         missed = self._incoming.arrived(channel, envelope.node, envelope.epoch, envelope.sequence)
-        if missed is None:
-            self.late += 1
-            return
         if missed:
+            if missed == UNWANTED:
+                return  # it was on its way when the last member left
+            if missed == LATE:
+                self.late += 1
+                return
             self._lost(envelope.node, channel, missed)
         if envelope.copy:
             key = (envelope.node, envelope.copy)
@@ -297,8 +297,6 @@ class Cluster:
             namespace.deliver(rooms, message, header.excluded)
 
     def _marked(self, channel: str, envelope: Envelope) -> None:
-        if channel not in self._incoming:
-            return
         missed = self._incoming.marked(channel, envelope.node, envelope.epoch, envelope.sequence)
         if missed:
             self._lost(envelope.node, channel, missed)

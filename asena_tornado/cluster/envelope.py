@@ -159,6 +159,24 @@ def is_from(payload: bytes, node: bytes) -> bool:
 
 def unpack(payload: bytes) -> Envelope:
     """The envelope's parts, the header not parsed yet. Raises `EnvelopeError`, and `VersionError`."""
+    try:
+        parts = _PREAMBLE.unpack_from(payload)
+    except struct.error:
+        parts = None
+    if parts is None or parts[0] != _MAGIC or parts[1] != VERSION:
+        _check_version(payload)
+        if parts is None:
+            raise EnvelopeError("the preamble is cut off")
+    _, version, _, size, kind, node, epoch, sequence, offset, copy, length = parts
+    if size < _PREAMBLE.size:
+        raise EnvelopeError("the preamble is cut off")
+    end = size + length
+    if end > len(payload):
+        raise EnvelopeError("the header is cut off")
+    return Envelope(node, version, kind, epoch, sequence, offset, copy, payload[size:end], payload[end:])
+
+
+def _check_version(payload: bytes) -> None:
     if payload[:3] != _MAGIC or len(payload) < _NODE.stop:
         raise EnvelopeError("not an envelope")
     version = payload[3]
@@ -166,13 +184,6 @@ def unpack(payload: bytes) -> Envelope:
         raise VersionError(payload[_NODE_OF_VERSION_1], 1)
     if version < _READS_FROM or payload[4] > VERSION:
         raise VersionError(payload[_NODE], version)
-    if len(payload) < _PREAMBLE.size or payload[5] < _PREAMBLE.size:
-        raise EnvelopeError("the preamble is cut off")
-    _, _, _, size, kind, node, epoch, sequence, offset, copy, length = _PREAMBLE.unpack_from(payload)
-    end = size + length
-    if end > len(payload):
-        raise EnvelopeError("the header is cut off")
-    return Envelope(node, version, kind, epoch, sequence, offset, copy, payload[size:end], payload[end:])
 
 
 def message_header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:

@@ -15,6 +15,8 @@ _CHANNELS = 100_000  # whose numbers a publisher remembers
 _PUBLISHERS = 1000  # of one channel, whose numbers a receiver remembers
 _TOTALS = 64  # heartbeats of a node whose totals a receiver remembers
 
+LATE, UNWANTED = -1, -2  # instead of a number of missing messages
+
 
 class Numbers:
     """How far one publisher has come in one channel."""
@@ -153,29 +155,30 @@ class Incoming:
         """Nothing is counted there any more."""
         self._channels.pop(channel, None)
 
-    def __contains__(self, channel: str) -> bool:
-        return channel in self._channels
+    def arrived(self, channel: str, node: bytes, epoch: int, number: int) -> int:
+        """How many are missing just before this one.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(list(self._channels))
-
-    def arrived(self, channel: str, node: bytes, epoch: int, number: int) -> int | None:
-        """How many are missing just before this one; None when this one is a duplicate, or late."""
-        of_channel = self._channels[channel]
+        `LATE` when this one is a duplicate or comes too late, `UNWANTED` when the channel is not subscribed to.
+        """
+        of_channel = self._channels.get(channel)
+        if of_channel is None:
+            return UNWANTED
         last = of_channel.last.get(node)
         if last is not None and last[0] == epoch:
             missed = number - last[1] - 1
             if missed < 0:
-                return None
+                return LATE
             last[1] = number
             return missed
         if last is not None and last[0] > epoch:
-            return None
+            return LATE
         return self._begin(of_channel, node, epoch, number, number - 1)
 
     def marked(self, channel: str, node: bytes, epoch: int, number: int) -> int:
         """The node says that it has published up to this number: how many of those did not arrive."""
-        of_channel = self._channels[channel]
+        of_channel = self._channels.get(channel)
+        if of_channel is None:
+            return 0
         last = of_channel.last.get(node)
         if last is not None and last[0] == epoch:
             missed = max(0, number - last[1])
@@ -226,4 +229,4 @@ class _Channel:
         self.last: dict[bytes, list[int]] = {}  # epoch and number, by publisher
 
 
-__all__ = ["Incoming", "Numbers", "Outgoing"]
+__all__ = ["LATE", "UNWANTED", "Incoming", "Numbers", "Outgoing"]
