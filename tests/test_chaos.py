@@ -199,7 +199,8 @@ class Node:
         self.port = 0
         self.clients: list[Client] = []
         self.sent = 0  # messages that its clients have asked it to publish
-        self.since = 0.0  # when it began to hear its rooms
+        self.first_joined = 0.0  # when its first client came
+        self.since = 0.0  # when it heard its rooms for sure
         self.late = False  # it came when others had published already
         self._process = 0
         self._questions: dict[int, asyncio.Future[Any]] = {}
@@ -252,6 +253,7 @@ class Node:
 
     async def join(self, places: list[tuple[str, ...]]) -> None:
         """Let clients in; returns once it hears everything that is for them."""
+        self.first_joined = monotonic()
         for start in range(0, len(places), 20):
             joining = [Client.join(self.port, rooms) for rooms in places[start : start + 20]]
             self.clients += await asyncio.gather(*joining)
@@ -586,6 +588,7 @@ class Account:
         self._scene = scene
         self._refused: dict[Pair, set[int]] = {}  # the numbers of which a receipt said that no other node gets them
         self._owed: dict[tuple[str, str, str], range] = {}  # the numbers, by node, publisher and room
+        self._joining: dict[tuple[str, str, str], range] = {}  # those from when its clients were just coming
         self.lost: Counter[tuple[str, str, str]] = Counter()
         self.reported: Counter[tuple[str, str, str]] = Counter()
         self.uncertain: Counter[tuple[str, str, str]] = Counter()  # also reported: perhaps, and at most so many
@@ -602,9 +605,13 @@ class Account:
                 self.messages += len(log)
                 self._refused[publisher.id, room] = {n for n, (_, carried) in enumerate(log, 1) if not carried}
                 for node in scene.nodes:
-                    # A node that came later is owed what was published from then on; it may have some of the rest.
-                    before = sum(time <= node.since for time, _ in log) if node.late else 0
-                    self._owed[node.id, publisher.id, room] = range(before + 1, len(log) + 1)
+                    # A node that came later is owed what was published from then on. What was published while its
+                    # clients were coming it may get, or report as missed, or neither.
+                    key = (node.id, publisher.id, room)
+                    first = 1 + (sum(time <= node.first_joined for time, _ in log) if node.late else 0)
+                    sure = 1 + (sum(time <= node.since for time, _ in log) if node.late else 0)
+                    self._joining[key] = range(first, sure)
+                    self._owed[key] = range(sure, len(log) + 1)
 
     async def update(self) -> list[str]:
         """What was lost and what is reported so far; where the two differ."""
@@ -619,7 +626,10 @@ class Account:
             for publisher in [*self._scene.nodes, *self._scene.dead]:
                 for room in (*ROOMS, BULK):
                     key = (node.id, publisher.id, room)
-                    self.lost[key] = len(set(self._owed[key]).difference(node.member(room).got[publisher.id, room]))
+                    got = node.member(room).got[publisher.id, room]
+                    self.lost[key] = len(set(self._owed[key]).difference(got))
+                    if more := max(0, self.reported[key] - self.lost[key]):
+                        self.lost[key] += min(more, len(set(self._joining[key]).difference(got)))
         wrong = []
         for key in {**self.lost, **self.reported, **self.uncertain}:
             lost, reported, uncertain = self.lost[key], self.reported[key], self.uncertain[key]
