@@ -2,6 +2,7 @@
 
 from .broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
 from .client import Client, connect
+from .cluster import BlockingUlakClient, Gap, UlakClient
 from .container import Inject, Service
 from .controllers import Controller, Delete, Get, Patch, Post, Put
 from .errors import (
@@ -36,7 +37,7 @@ from .options import WebSocketOptions
 from .server import AsenaServer
 from .service import AsenaWebSocketService, WebSocket
 from .sockets import ReadyState, Socket, SocketData
-from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
+from .transports import LocalTransport, RedisTransport, Transport
 
 __version__ = "0.1.0"
 

@@ -70,7 +70,7 @@ class FanOut(Protocol):
 
 
 class Link(Protocol):
-    """The way to the other nodes (see `transports.cluster`). Called on the loop, except for `check`."""
+    """The way to the other nodes (see `cluster`). Called on the loop, except for `check`."""
 
     def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
         """Hand the message over; False if the other nodes do not get it."""

@@ -28,6 +28,7 @@ from tornado.web import Application
 
 from .broker import Ulak
 from .client import Client, connect
+from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
 from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
@@ -55,7 +56,7 @@ from .inspector import Desk, Inspector, View, page_routes
 from .namespace import Namespace, normalize_path
 from .options import WebSocketOptions
 from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
-from .transports import Cluster, Gap, Transport
+from .transports import Transport
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")

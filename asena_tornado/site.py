@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .broker import Ulak
+from .cluster import Cluster, Gap
 from .connection import Endpoint, Ledger, Outbox
 from .container import Container, component_of
 from .controllers import Controllers
@@ -20,7 +21,7 @@ from .inspector import SocketSnapshot
 from .namespace import Namespace, serving
 from .options import WebSocketOptions
 from .service import AsenaWebSocketService, Hooks, bind, spec_of
-from .transports import Cluster, Gap, LocalTransport, Transport
+from .transports import LocalTransport, Transport
 
 log = logging.getLogger("asena_tornado")
 
