@@ -68,7 +68,7 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         found = importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:  # of the package that it is said to be in
+    except ModuleNotFoundError as error:  # the package it should be in
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         found = None

@@ -286,7 +286,7 @@ class Ulak:
                 self.register_namespace(namespace)
 
     def close(self, reason: str) -> None:
-        """Let go of all namespaces; whoever sends from here on is told the reason. Called by the server."""
+        """Let go of all namespaces; from here on, sending raises the reason. Called by the server."""
         self._door = None
         self._namespaces.clear()
         if not self._disposed:

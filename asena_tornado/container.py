@@ -202,7 +202,7 @@ def Service(name: Any = None) -> Any:
 
 @runtime_checkable
 class Reference(Protocol[T_co]):
-    """Something to inject that is looked up rather than built, like ``ulak("/path")``; it is no dependency.
+    """Something to inject that is looked up rather than built, like ``ulak("/path")``; it is not a dependency.
 
     ``resolve`` is called while the components are being built. It may ``get`` from the container what was
     provided to it, but no component, as nothing promises that one is built by then. To be overridden in
@@ -465,7 +465,7 @@ class _Graph:
         self._by_override[key] = node
 
     def _stand_in(self, key: Any, wish: _Wish) -> _Node:
-        """The node of an override for which there is no component, only fields that ask for it."""
+        """The node of an override of something that is only injected, and is not a component."""
         node = self._by_override.get(key)
         if node is None:
             named = isinstance(key, (str, type))
@@ -612,7 +612,7 @@ class _Graph:
                 if reached_by is not None:
                     way_out = (
                         f'in {node.label}, write {name}: UlakNamespace = Inject(ulak("{reached_by}")) '
-                        f"instead of {node.fields[name]!r}: it reaches the sockets by their path, and is no "
+                        f"instead of {node.fields[name]!r}: it reaches the sockets by their path, and is not a "
                         "dependency"
                     )
                     break
@@ -714,7 +714,7 @@ class Container:
         """List a component: its class, or an instance of it.
 
         Listing the same one again changes nothing. An instance keeps the fields that were set by hand. Raises
-        ``InjectionError`` if the class is no component, ``ServerStateError`` once built.
+        ``InjectionError`` if the class is not a component, ``ServerStateError`` once built.
         """
         self._still_open("add")
         origin = get_origin(item)
@@ -733,7 +733,7 @@ class Container:
     def provide(self, key: type[Any] | str, instance: object) -> None:
         """Let ``Inject(key)`` give this existing object; a class can then also be asked for by its name.
 
-        It is no component: nothing is injected into it, and it is neither started nor stopped here. Raises
+        It is not a component: nothing is injected into it, and it is neither started nor stopped here. Raises
         ``InjectionError`` if the key has another object already, ``ServerStateError`` once built.
         """
         self._still_open("provide")
@@ -765,7 +765,7 @@ class Container:
         """Find, check and construct every component, and fill in its fields. Does nothing the second time.
 
         Nothing is constructed unless all can be: raises ``InjectionError`` for an unknown name, two
-        components with one name, a class that is no component and a constructor that needs arguments, and
+        components with one name, a class that is not a component and a constructor that needs arguments, and
         its subclass ``CircularDependencyError`` for a cycle. What a constructor, a reference or a ``select``
         raises comes through, with a note of where.
         """

@@ -441,7 +441,7 @@ class _Next:
         return self.response
 
     def end(self) -> None:
-        """The middleware has decided: who kept ``next`` for later has nothing to call."""
+        """The middleware has decided: a ``next`` kept for later can no longer be called."""
         if self.state == "waiting":
             self.state = "over"
 
@@ -457,7 +457,7 @@ class Chain:
     """Middleware in order, and what is behind it. It fails closed: only what every one let pass gets there."""
 
     def __init__(self, middlewares: Sequence[Any], where: str, owner: object) -> None:
-        """``middlewares``: instances. ``where`` says in the log whose they are; ``owner``: their server."""
+        """``middlewares``: instances. ``where``: whose they are, for the log; ``owner``: their server."""
         self._owner = owner
         self._where = where
         self._links: list[tuple[str, Callable[..., Any]]] = []
@@ -496,7 +496,7 @@ class Chain:
         name, handle = self._links[index]
         next = _Next(functools.partial(self._step, index + 1, context, last))
         result = await answer_to(handle, context, next)
-        # Once more, for who caught the error that the second call had raised.
+        # Once more, for middleware that caught the error which the second call had raised.
         if next.called > 1:
             raise MiddlewareError(f"{name} called next() twice")
         if (result is None or result is True) and next.called and next.state == "waiting":
@@ -533,7 +533,7 @@ async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class DiscreetHandler(RequestHandler):
-    """A handler of whose requests Tornado logs no query string, in ``tornado.access`` or elsewhere.
+    """A handler that keeps query strings out of what Tornado logs, in ``tornado.access`` or elsewhere.
 
     There may be a token in it.
     """

@@ -24,8 +24,8 @@ TEXT = 0x1
 BINARY = 0x2
 FIN = 0x80
 
-# Of what is wrong with one message or request, this much is told. Each error costs hundreds of bytes, and a wrong value
-# costs its sender two or three.
+# The most errors that are listed for one message or request. Each takes hundreds of bytes, and a wrong value costs its
+# sender two or three.
 MAX_ERRORS = 100
 _MAX_TEXT = 500  # characters of an error's message
 _MAX_KEY = 100  # characters of a key in an error's location, of which there are at most as many as:
@@ -63,12 +63,12 @@ class Message:
         self.opcode = opcode
         self.payload = payload
         self.frame = frame(opcode, payload)
-        # Frames of the same message in another encoding, kept by whoever makes them (compression).
+        # Frames of the same message in another encoding, kept by the code that makes them (compression).
         self.variants: dict[object, bytes] | None = None
 
 
 def encode(data: object) -> Message:
-    """The message for ``data``; raises `EncodeError` on the caller's line if there is none."""
+    """The message for ``data``; raises `EncodeError` on the caller's line if it cannot be encoded."""
     if type(data) is Message:
         return data
     if isinstance(data, str):
@@ -91,7 +91,7 @@ def encode(data: object) -> Message:
 
 
 def _plain(value: Any) -> Any:
-    """What pydantic does not know: arrays and scalars of numpy and its kin, as a notebook is full of them."""
+    """What pydantic does not know: arrays and scalars of numpy and similar libraries."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
@@ -196,7 +196,7 @@ class Validator:
     def _hasty(self) -> SchemaValidator | TypeAdapter[Any]:
         """The same, but each list, set, tuple and dict ends at its first error."""
         schema = _failing_fast(self._adapter.core_schema)
-        # Else it takes models as pydantic has built them already, whose lists go on. It does so from 2.11 up to 2.12.
+        # Otherwise it takes models as pydantic has already built them, without the limit. That is so in 2.11 and 2.12.
         fresh: dict[str, Any] = (
             {"_use_prebuilt": False} if "_use_prebuilt" in (SchemaValidator.__text_signature__ or "") else {}
         )

@@ -58,7 +58,7 @@ class RateLimit(MiddlewareService):
         key, now = self._key(context), self._clock()
         free_at = max(self._free_at.get(key, now), now)
         wait = free_at - now - self._burst
-        if wait > self._interval / 1000:  # rounding is no excess
+        if wait > self._interval / 1000:  # a rounding error does not count
             return context.send({"error": "too many requests"}, 429, headers={"Retry-After": math.ceil(wait)})
         self._free_at[key] = free_at + self._interval
         self._free_at.move_to_end(key)

@@ -127,7 +127,7 @@ def normalize_path(path: object) -> str:
 
 
 class SocketsView(Mapping[str, Socket[Any]]):
-    """A live, read-only mapping of id to socket. Iterating goes over those who were there when it began."""
+    """A live, read-only mapping of id to socket. Iterating goes over the sockets that were there when it began."""
 
     __slots__ = ("_sockets",)
 

@@ -66,9 +66,9 @@ State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
 # Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
 _HASTE = 0.1
-_SLACK = 2.0  # seconds past a time limit after which somebody who waits gives up on a loop that does not answer
-_FOREVER = 1e7  # seconds; more than any wait can be told
-_LAST_WORDS = 1.0  # seconds that who is cancelled may still take
+_SLACK = 2.0  # seconds after a time limit at which a caller gives up on a loop that does not answer
+_FOREVER = 1e7  # seconds; the longest wait that can be asked for
+_LAST_WORDS = 1.0  # seconds that a cancelled task may still take
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
@@ -577,7 +577,7 @@ class AsenaServer:
             http = self._make_http() if self._listeners else None
             await self._site.start()
             if self._state != "starting":
-                # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+                # The thread that waited for the start was interrupted, and has given it up meanwhile.
                 await self._site.stop()
                 raise asyncio.CancelledError
         except BaseException:
@@ -661,7 +661,7 @@ class AsenaServer:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
         assert old._door is not None
         self._check_address()
-        own, self._desk = self._desk, old._desk  # whose views and page go on
+        own, self._desk = self._desk, old._desk  # the views and the page go on with that one
         # Duplicates, because a server closes the sockets that it stops listening on.
         listeners: list[sockets.socket] = []
         try:
@@ -673,7 +673,7 @@ class AsenaServer:
             for listener in listeners:
                 listener.close()
             raise
-        # Nor does anything wait from here on: what listens and who is asked change along with the site.
+        # Nothing waits from here on: the listeners and the endpoints change along with the site.
         self._door, self._port, self._listeners = old._door, old._port, listeners
         self._thread, old._thread = old._thread, None
         self._desk.pass_to(self)
@@ -690,7 +690,7 @@ class AsenaServer:
     def _check_still_wanted(self, old: AsenaServer) -> None:
         """Right before the switch: whether both sides still want it."""
         if self._state != "starting":
-            # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+            # The thread that waited for the start was interrupted, and has given it up meanwhile.
             raise asyncio.CancelledError
         if old._state != "running" or old._closing is not None:
             raise ServerStateError(
@@ -708,7 +708,7 @@ class AsenaServer:
         old._door = None
 
     def _check_address(self) -> None:
-        """Raise `ConfigurationError` for a ``public_url`` that is none: while there is still nothing to undo."""
+        """Raise `ConfigurationError` for an invalid ``public_url``, while there is still nothing to undo."""
         reach(self._wanted_port, "", template=self._public_url)
 
     def _make_http(self) -> FrontServer:
@@ -888,7 +888,7 @@ class AsenaServer:
             switching.release(self)
             self._stopped.set()
             if self._thread is not None:
-                # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
+                # The thread that waits in stop() ends this one; after a stop from a handler, none waits.
                 self._door.loop.call_later(0.05, self._thread.stop)
 
     # -- working with it
@@ -1020,7 +1020,7 @@ async def _nothing() -> None:
 
 
 async def _wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:
-    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; who goes on is left behind."""
+    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; if it goes on, it is left behind."""
     loop = asyncio.get_running_loop()
     await asyncio.wait([task], timeout=max(0.0, deadline - loop.time()))
     if not task.done():
@@ -1115,7 +1115,7 @@ _running: weakref.WeakSet[AsenaServer] = weakref.WeakSet()
 
 
 def _stop_all() -> None:
-    """At the interpreter's end: clients are told, instead of finding the connection cut."""
+    """At the interpreter's end: send close frames, instead of cutting the connections."""
     for server in list(_running):
         if server._hosting == "thread":
             with contextlib.suppress(Exception):

@@ -43,7 +43,7 @@ _HOOKS = (
     "on_ping",
     "on_pong",
 )
-# Said in the error for who comes from TypeScript, or from Tornado.
+# Names of these hooks in TypeScript's Asena and in Tornado, for the error text.
 _MISSPELT = {
     "onOpen": "on_open",
     "onMessage": "on_message",

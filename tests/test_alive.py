@@ -165,7 +165,7 @@ def test_a_start_that_is_interrupted_leaves_nothing_behind(interval: float) -> N
 
 
 @pytest.mark.filterwarnings("ignore:unclosed", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_servers_that_nobody_has_any_more_count_no_more(interval: float) -> None:
+def test_servers_that_are_garbage_no_longer_shorten_the_switch_interval(interval: float) -> None:
     def lose() -> None:
         loop = asyncio.new_event_loop()
         loop.run_until_complete(AsenaServer(Echo, port=0).__aenter__())

@@ -913,7 +913,7 @@ async def test_a_fake_that_derives_from_a_websocket_service_is_mounted_where_tha
         assert server.namespaces["/orders"].options.max_sockets == 1
 
 
-async def test_a_subclass_without_a_decorator_is_no_service_of_its_own():
+async def test_a_subclass_without_a_decorator_is_not_a_service_of_its_own():
     class Derived(Chat): ...
 
     with pytest.raises(InjectionError, match="a subclass needs a decorator of its own"):

@@ -88,7 +88,7 @@ def test_a_service_is_named_after_its_class_unless_told_otherwise():
     assert component_of(Keyword) == Component("Service", "Mail", Keyword)
 
 
-def test_a_subclass_of_a_component_is_none_until_it_is_decorated_and_the_error_says_so():
+def test_a_subclass_of_a_component_needs_a_decorator_of_its_own_and_the_error_says_so():
     @Service
     class Email: ...
 
@@ -99,7 +99,7 @@ def test_a_subclass_of_a_component_is_none_until_it_is_decorated_and_the_error_s
         Container(FastEmail)
 
 
-def test_a_class_that_is_no_component_is_told_which_decorator_to_add():
+def test_an_undecorated_class_is_an_error_that_names_the_decorator_to_add():
     class Email: ...
 
     class ChatSocket:
@@ -504,7 +504,7 @@ def test_inject_refuses_an_instance_and_a_select_that_cannot_be_called():
 # Provided objects, references, expressions
 
 
-def test_a_provided_object_is_injected_by_class_and_name_and_is_no_component():
+def test_a_provided_object_is_injected_by_class_and_name_and_is_not_a_component():
     class Started(Courier):
         def on_start(self):
             raise AssertionError("the container does not own it")
@@ -805,7 +805,7 @@ def test_a_cycle_is_printed_and_ulak_suggested_with_the_path_at_hand():
         "these components need each other to be built first: "
         "NotificationSocket.users -> UserService.socket -> NotificationSocket. To break the circle, "
         'in UserService, write socket: UlakNamespace = Inject(ulak("/notifications")) instead of '
-        "Inject('NotificationSocket'): it reaches the sockets by their path, and is no dependency"
+        "Inject('NotificationSocket'): it reaches the sockets by their path, and is not a dependency"
     )
     assert error.cycle == ("NotificationSocket", "UserService", "NotificationSocket")
     assert (error.component, error.field) == ("NotificationSocket", "users")

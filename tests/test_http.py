@@ -561,7 +561,7 @@ def test_middleware_needs_a_handle() -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"handle": lambda self, context: None}, {"handle": 3}])
-def test_a_component_that_cannot_handle_is_no_middleware(body: dict[str, Any]) -> None:
+def test_a_component_without_handle_is_not_middleware(body: dict[str, Any]) -> None:
     wrong = Service()(type("Wrong", (), body))
     with pytest.raises(ConfigurationError, match=r"Wrong cannot be middleware of the handshake of /chat.*handle"):
         _ = AsenaServer(guarded(wrong), port=0).namespaces
@@ -588,7 +588,7 @@ async def test_a_rate_limit_refuses_more_handshakes_than_it_allows_and_says_when
         assert (await refusal(server))[0] == 429
 
 
-async def test_a_rate_limit_counts_clients_apart_and_forgets_who_came_longest_ago() -> None:
+async def test_a_rate_limit_counts_clients_apart_and_forgets_the_oldest() -> None:
     limit = RateLimit(1, per=3600, key=lambda context: context.headers["X-User"], max_clients=2)
     async with AsenaServer(guarded(limit), port=0) as server:
         for user in ("ann", "bob"):
@@ -662,7 +662,7 @@ async def test_a_token_may_be_verified_asynchronously_and_by_header_only() -> No
         assert (await refusal(server, Authorization="Bearer x"))[0] == 401
 
 
-async def test_a_verification_that_fails_or_says_false_lets_nobody_in(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_verification_that_fails_or_returns_false_refuses(caplog: pytest.LogCaptureFixture) -> None:
     async with AsenaServer(guarded(TokenAuth(lambda token: token == "abc")), port=0) as server:
         assert (await refusal(server, "?token=x"))[0] == 401
     async with AsenaServer(guarded(TokenAuth(lambda token: 1 / 0)), port=0) as server:
@@ -893,7 +893,7 @@ async def test_a_body_that_the_model_does_not_accept_is_422_with_pydantics_error
         ("[" * 5000, "the body is not JSON: "),
     ],
 )
-async def test_a_body_that_is_no_json_is_400(body: str | bytes, message: str) -> None:
+async def test_a_body_that_is_not_json_is_400(body: str | bytes, message: str) -> None:
     async with AsenaServer(Items, port=0) as server:
         for path, method in (("/items", "POST"), ("/items/raw", "PUT")):
             response = await fetch(server, path, method, body=body)

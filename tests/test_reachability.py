@@ -30,7 +30,7 @@ def test_a_template_wins_and_names_the_port() -> None:
 
 
 @pytest.mark.parametrize("template", ["example.com/{port}", "https://", "https://example.com/{host}", "ws://x/{port}"])
-def test_a_template_that_is_no_address_says_how_to_write_it(template: str) -> None:
+def test_an_invalid_template_is_an_error_that_says_how_to_write_it(template: str) -> None:
     with pytest.raises(ConfigurationError, match=r"https://example\.com/proxy"):
         reach(3000, "http://localhost:3000", template=template, environ={})
 

@@ -286,7 +286,7 @@ def test_an_annotation_that_names_nothing_is_an_error_at_start() -> None:
         AsenaServer(Service, port=0).start()
 
 
-async def test_who_does_not_take_the_message_takes_every_kind() -> None:
+async def test_on_message_without_a_message_accepts_every_kind() -> None:
     @WebSocket("/x")
     class Service(AsenaWebSocketService):
         def on_message(self, ws: Socket) -> None:

@@ -191,7 +191,7 @@ async def stall(server: AsenaServer, service: Recorder) -> tuple[sockets.socket,
     return sock, socket
 
 
-async def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_nobody() -> None:
+async def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_no_other() -> None:
     options = WebSocketOptions(max_buffered_bytes=100_000, close_timeout=0.05)
     async with serving(recorder(options=options)) as (server, service):
         client, _ = await enter(server, service)

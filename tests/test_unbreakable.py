@@ -193,7 +193,7 @@ def test_what_on_start_raises_fails_the_start_and_the_next_one_works(wires: Any,
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, PanicException])
-def test_what_on_stop_raises_keeps_nobody_else_from_stopping(error: Any) -> None:
+def test_an_error_in_on_stop_does_not_keep_the_others_from_stopping(error: Any) -> None:
     stopped = []
 
     @Service
@@ -703,7 +703,7 @@ def test_what_waits_for_handlers_counts_as_well(wires: Any) -> None:
         other.echo()
 
 
-def test_who_sends_from_another_thread_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sending_from_another_thread_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
     go_on, begun = threading.Event(), threading.Event()
 
@@ -736,7 +736,7 @@ def test_who_sends_from_another_thread_waits_for_the_loop(monkeypatch: pytest.Mo
         assert server.call(lambda: door._weight) == 0
 
 
-async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_must_not_wait_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
     monkeypatch.setattr("asena_tornado.hosting.loops.PATIENCE", 0.05)
     go_on, begun = threading.Event(), threading.Event()
@@ -760,7 +760,7 @@ async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         namespace.in_("now it can be sent")
 
 
-def test_who_waits_for_handlers_too_much_goes_alone(wires: Any) -> None:
+def test_a_client_with_too_much_unhandled_input_is_closed_alone(wires: Any) -> None:
     """Others have something waiting as well, and are no slower for it."""
     go_on = asyncio.Event()
 
@@ -971,7 +971,7 @@ async def test_re_runs_on_one_loop_take_turns() -> None:
     await later[-1].aclose()
 
 
-def test_starting_another_server_on_the_port_from_on_start_is_an_error_and_no_deadlock() -> None:
+def test_starting_another_server_on_the_port_from_on_start_is_an_error_and_not_a_deadlock() -> None:
     errors: list[BaseException] = []
 
     @Service

@@ -33,7 +33,7 @@ def _shared_buffer() -> memoryview:
 
 
 class ChannelOwner(Protocol):
-    """Who is told what happens on the channel. All calls come on the loop."""
+    """What gets the events of a channel. All calls come on the loop."""
 
     def data_received(self, data: bytes) -> None: ...
     def peer_gone(self) -> None: ...
@@ -91,7 +91,7 @@ class SocketChannel:
         self._backlog: deque[memoryview | bytes] | None = None
         self._reading = False
         self._ending: str | None = None  # "shut" or "close" once the backlog is written
-        # uvloop tells of a reset once, and not again to who first reads what had come before it.
+        # uvloop reports a reset once, and not again after what had come before it has been read.
         self._told_once = type(loop).__module__.startswith("uvloop")
         self.waiting = 0
 
@@ -139,7 +139,7 @@ class SocketChannel:
     def sent(self, data: bytes, size: int, error: OSError | None = None) -> None:
         """``send`` took only ``size`` bytes, or raised: keep the rest."""
         if error is not None and not isinstance(error, BlockingIOError | InterruptedError):
-            # The caller may be in the middle of a room: let it finish before anybody is told.
+            # The caller may be in the middle of a room: let it finish before the owner hears of it.
             self.send = None
             self._loop.call_soon(self._lost, error)
             return
@@ -320,7 +320,7 @@ class StreamChannel:
         """Never called, as ``send`` is None."""
 
     def _written(self, future: asyncio.Future[None]) -> None:
-        # Also marks an exception as seen: that the stream is closed is told by its close callback.
+        # Also marks an exception as seen: the close callback reports that the stream is closed.
         if future.cancelled() or future.exception() is not None or self._gone:
             return
         size = self._unsent.popleft()

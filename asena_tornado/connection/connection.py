@@ -35,7 +35,7 @@ _NOTHING_OWED: list[int] = []  # one for all, as most connections are idle; neve
 
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
 _JOIN_BELOW = 64 * 1024
-# How long a client that broke the protocol, or was told to go, may keep its half of the connection.
+# How long a client that broke the protocol, or was closed, may keep its half of the connection.
 _LINGER = 1.0  # seconds
 
 
@@ -182,7 +182,7 @@ class Connection:
         options = self._options
         if len(self._inbox) >= options.max_queued_messages or self._inbox_size >= options.max_queued_bytes:
             if self._gone:
-                # The last bytes of who has gone; there will be no time to handle them all.
+                # The last bytes of a client that has gone; there will be no time to handle them all.
                 self._inbox_size -= len(self._inbox.pop())
             else:
                 self._parser.held = True
@@ -227,7 +227,7 @@ class Connection:
         self.channel.finish()
 
     def channel_progressed(self) -> None:
-        """Some of what waited has been taken: whoever reads, however slowly, is alive."""
+        """Some of what waited has been taken: a client that reads, however slowly, is alive."""
         self.heard_at = self._keepalive.now
 
     def channel_drained(self) -> None:
@@ -301,7 +301,7 @@ class Connection:
         if len(owed) == 1:
             self.write(owed[0], counts[0])
         elif size <= _JOIN_BELOW and not self.channel.waiting:
-            # Whoever is behind gets the pieces: others wait for the same ones, and a copy would be this one's alone.
+            # A slow client gets the pieces: others wait for the same ones, and a copy would be for this one alone.
             self.write(b"".join(owed), sum(counts))
         else:
             for at, data in enumerate(owed):
@@ -314,7 +314,7 @@ class Connection:
 
     @property
     def paused(self) -> bool:
-        """Whether it is we who do not read, because the handler is behind."""
+        """Whether we have stopped reading, because the handler is behind."""
         return self._parser.waiting or self._retiring is not None
 
     @property
@@ -475,7 +475,7 @@ class Connection:
             self._loop.call_soon(self._release_rooms)
 
     def _forget(self) -> None:
-        """Once on_close has run and the TCP connection is gone too: whoever stops waits for both."""
+        """Done once on_close has run and the TCP connection is gone, too: stopping waits for both."""
         if self._lost and self._task is None:
             self._namespace.forget(self.socket)
 
@@ -611,7 +611,7 @@ class Connection:
         if result is not None and isawaitable(result):
             task = self._in_background(self._run(lambda: result))
             if iscoroutine(result):
-                # Ended along with its socket, it may not even have begun; that is no reason for a warning.
+                # Cancelled along with its socket, it may not even have begun: do not warn of it.
                 task.add_done_callback(lambda _: result.close())
 
     def _in_background(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
@@ -661,7 +661,7 @@ class Connection:
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
     """The leading messages of ``data`` that fit into ``room`` bytes, and how many they are.
 
-    Control frames stay also where they do not fit: who never gets a ping cannot answer it.
+    Control frames stay even where they do not fit: a client that gets no ping cannot answer it.
     """
     at = count = 0
     kept = []

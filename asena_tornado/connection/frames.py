@@ -54,7 +54,7 @@ class Inflater(Protocol):
 
 
 class Receiver(Protocol):
-    """Who is told what arrived."""
+    """What gets the messages that a parser has read."""
 
     def message_received(self, data: str | bytes) -> None: ...
     def ping_received(self, payload: bytes) -> None: ...

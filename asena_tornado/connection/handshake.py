@@ -71,7 +71,7 @@ class Endpoint:
 
 
 class Handshake:
-    """One handshake, whoever has parsed the request: checks, middleware, values, upgrade."""
+    """One handshake, whichever parser has read the request: checks, middleware, values, upgrade."""
 
     __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_values")
 
@@ -278,7 +278,7 @@ class Front(HTTPServerConnectionDelegate):
 
 
 class _Stream(IOStream):
-    """Counts what the system took, so that it can be told who reads slowly from who reads nothing."""
+    """Counts what the system took, which tells slow readers from those that read nothing."""
 
     written = 0
     stuck: tuple[int, float] | None = None  # at how much, since when
@@ -407,7 +407,7 @@ class _FrontRequest(HTTPMessageDelegate):
         try:
             self._front.hosts.check(headers.get("Host", "localhost"))  # without one it is HTTP/1.0, or refused below
         except Answered as answered:
-            # What is no host at all is an error of its own, and raised by this.
+            # An invalid host is an error of its own, and this raises it.
             request = HTTPServerRequest(connection=self._conn, start_line=start_line, headers=headers)
             self._refuse(endpoint, request, answered.response)
             return None

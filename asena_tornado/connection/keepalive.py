@@ -49,7 +49,7 @@ class Keepalive:
 
     def _sweep(self) -> None:
         options = self._options
-        # Silence is counted up to the previous sweep: input that lies unread behind a busy loop is no silence.
+        # Silence is counted up to the previous sweep: input that a busy loop has not read yet is not silence.
         seen, self.now = self.now, self._loop.time()
         inbound = 0
         unread: list[Connection] = []
@@ -84,7 +84,7 @@ _END = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0)
 
 
 def _ended(connections: Sequence[Connection]) -> list[Connection]:
-    """Those whose clients are gone, although we do not read."""
+    """The connections whose clients are gone, although we do not read."""
     if not connections or not _END:
         return []
     by_descriptor = {fd: each for each in connections if (fd := each.channel.fileno()) >= 0}

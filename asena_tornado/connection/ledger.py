@@ -10,7 +10,7 @@ from typing import Protocol
 
 log = logging.getLogger("asena_tornado")
 
-_SMALL = 1024  # bytes below which keeping account of who shares them costs more than they do
+_SMALL = 1024  # bytes; counting who shares fewer costs more than they do
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

@@ -119,7 +119,7 @@ class Acceptor:
         self._listeners = list(listeners)
         self._receive = receive
         self._timer: asyncio.TimerHandle | None = None
-        self._short = False  # of room, since it was last said
+        self._short = False  # of descriptors, since that was last logged
         self._quiet_until = loop.time()
         self._watch()
 
@@ -130,7 +130,7 @@ class Acceptor:
             self._timer.cancel()
             self._timer = None
         for listener in listeners:
-            if listener.fileno() >= 0:  # else it was closed before, by whoever made it
+            if listener.fileno() >= 0:  # else it was closed before, by its owner
                 self._loop.remove_reader(listener.fileno())
                 listener.close()
 
@@ -142,7 +142,7 @@ class Acceptor:
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_AT_ONCE):
             if not self._listeners or self._timer is not None:
-                return  # stopped or paused, though told of this one before
+                return  # stopped or paused since the loop reported it
             try:
                 connection, address = listener.accept()
             except BlockingIOError:

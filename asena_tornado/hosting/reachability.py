@@ -40,7 +40,7 @@ def reach(port: int, local: str, *, template: str | None, environ: Mapping[str, 
 
     In this order: ``template`` or ``$ASENA_PUBLIC_URL`` (with ``{port}`` in it, if the port is part of it);
     JupyterHub, behind jupyter-server-proxy; a Jupyter server on another machine, likewise; else ``local``.
-    Where it cannot be known, the note says so. Raises `ConfigurationError` for a template that is no address.
+    Where it cannot be known, the note says so. Raises `ConfigurationError` for an invalid template.
     """
     environ = os.environ if environ is None else environ
     template = template or environ.get(TEMPLATE_VARIABLE)

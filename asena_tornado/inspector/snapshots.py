@@ -310,7 +310,7 @@ def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:
 
 
 def full_id(id: str, ids: Mapping[str, object], where: str) -> str:
-    """The id that begins so; raises `SocketNotFoundError` if there is none, or more than one."""
+    """The one id that begins with this; raises `SocketNotFoundError` if there is none, or more than one."""
     if id in ids:
         return id
     candidates = [each for each in tuple(ids) if each.startswith(id)] if id else []

@@ -1,4 +1,4 @@
-"""What the live view asks and is told, as JSON: the same for the widget in a notebook and for the page."""
+"""What the live view asks for and gets, as JSON: the same for the widget in a notebook and for the page."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _asks: TypeAdapter[Look | Publish | Send | Move | Disconnect] = TypeAdapter(
 
 
 class Desk:
-    """What stays when a re-run cell replaces the server: who is behind the live views, and the page's token."""
+    """What stays when a re-run cell replaces the server: the server behind the live views, and the page's token."""
 
     def __init__(self, server: AsenaServer) -> None:
         self.token = secrets.token_urlsafe(32)
@@ -99,7 +99,7 @@ class Desk:
 
     @property
     def server(self) -> AsenaServer:
-        """The server that is looked at; raises `ServerStateError` when there is none any more."""
+        """The server that is looked at; raises `ServerStateError` when it is gone."""
         server = self._server()
         if server is None:
             raise ServerStateError("the server has stopped")
@@ -115,7 +115,7 @@ class View:
         self._read_only = read_only
 
     async def answer(self, request: object) -> dict[str, Any]:
-        """What to tell the view; on the server's loop. Errors are told as ``{"error": …}``."""
+        """The answer for the view; on the server's loop. Errors are ``{"error": …}``."""
         try:
             ask = _asks.validate_python(request)
             inspector = self._inspector()

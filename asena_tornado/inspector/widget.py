@@ -117,7 +117,7 @@ class Link:
             self._sessions.clear()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While a cell runs nobody can ask, so views that were alive before it are told all the same."""
+        """While a cell runs, views cannot ask; those that were alive before it are updated all the same."""
         self._timer = None
         now = loop.time()
         for name, session in list(self._sessions.items()):
