@@ -26,10 +26,8 @@ from urllib.parse import urlsplit
 
 from tornado.web import Application
 
-from .broker import Ulak
-from .client import Client, connect
+from .client.plain import Client, connect
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
-from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
     LoopDoor,
@@ -50,12 +48,14 @@ from .hosting import (
     switching,
     waking,
 )
-from .http import Hosts, Origins, Refusal
 from .inspector import Desk, Inspector, View, page_routes
-from .namespace import Namespace, normalize_path
-from .options import WebSocketOptions
 from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
 from .transports import Cluster, Gap, Transport
+from .ulak.broker import Ulak
+from .web.controllers import ControllerHandler
+from .web.http import Hosts, Origins, Refusal
+from .websocket.namespace import Namespace, normalize_path
+from .websocket.options import WebSocketOptions
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
@@ -836,7 +836,7 @@ class AsenaServer:
         timeout: float = 10.0,
         ssl_options: Any = None,
     ) -> Client:
-        """Connect a client to this server: ``await server.connect("/chat?username=Ann")``. See `client.connect`."""
+        """Connect a client to this server: ``await server.connect("/chat?username=Ann")``. See `connect`."""
         self._open_door()
         url = self._address_of(path, self._local_base())
         if url.startswith("http"):

@@ -9,18 +9,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .broker import Ulak
 from .connection import Endpoint, Ledger, Outbox
-from .container import Container, component_of
-from .controllers import Controllers
 from .errors import ConfigurationError
 from .hosting import LoopDoor
-from .http import Chain, Hosts, Origins
 from .inspector import SocketSnapshot
-from .namespace import Namespace, serving
-from .options import WebSocketOptions
-from .service import AsenaWebSocketService, Hooks, bind, spec_of
+from .ioc.container import Container, component_of
 from .transports import Cluster, Gap, LocalTransport, Transport
+from .ulak.broker import Ulak
+from .web.controllers import Controllers
+from .web.http import Chain, Hosts, Origins
+from .websocket.namespace import Namespace, serving
+from .websocket.options import WebSocketOptions
+from .websocket.service import AsenaWebSocketService, Hooks, bind, spec_of
 
 log = logging.getLogger("asena_tornado")
 

@@ -45,8 +45,8 @@ from asena_tornado import (
     WebSocketOptions,
     ulak,
 )
-from asena_tornado.namespace import Namespace
-from asena_tornado.service import Hooks
+from asena_tornado.websocket.namespace import Namespace
+from asena_tornado.websocket.service import Hooks
 
 Code = UlakErrorCode
 

@@ -14,13 +14,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from asena_tornado.container import Component, Container, Inject, Reference, Service, component, component_of
 from asena_tornado.errors import (
     CircularDependencyError,
     ConfigurationError,
     InjectionError,
     ServerStateError,
 )
+from asena_tornado.ioc.container import Component, Container, Inject, Reference, Service, component, component_of
 
 T = TypeVar("T")
 

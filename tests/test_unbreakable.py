@@ -39,7 +39,7 @@ from asena_tornado import (
     WebSocketOptions,
     connect,
 )
-from asena_tornado.messages import encode
+from asena_tornado.websocket.messages import encode
 
 
 class PanicException(BaseException):

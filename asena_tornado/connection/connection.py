@@ -12,19 +12,19 @@ from inspect import isawaitable, iscoroutine
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMessageError, SocketClosedError, bounded, must_propagate
-from ..events import one_line
 from ..hosting import pass_interrupt_on
-from ..messages import BINARY, TEXT, Message, frame
-from ..namespace import serving
-from ..sockets import ReadyState
+from ..websocket.events import one_line
+from ..websocket.messages import BINARY, TEXT, Message, frame
+from ..websocket.namespace import serving
+from ..websocket.sockets import ReadyState
 from .channel import Channel
 from .deflate import INFLATED_AT_ONCE, Deflate
 from .frames import CLOSE, PING, PONG, FrameParser, ProtocolError
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..options import WebSocketOptions
-    from ..sockets import Socket
+    from ..websocket.namespace import Namespace
+    from ..websocket.options import WebSocketOptions
+    from ..websocket.sockets import Socket
     from .deflate import InflationQueue
     from .keepalive import Keepalive
     from .outbox import Outbox

@@ -29,11 +29,11 @@ from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProt
 
 from ..errors import must_propagate
 from ..hosting import Acceptor, beside, hold, random_bytes
-from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
-from ..messages import encode, validation_errors
-from ..namespace import Namespace
-from ..options import WebSocketOptions
-from ..sockets import Socket, SocketData
+from ..web.http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
+from ..websocket.messages import encode, validation_errors
+from ..websocket.namespace import Namespace
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import Socket, SocketData
 from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate

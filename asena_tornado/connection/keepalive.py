@@ -7,10 +7,10 @@ import select
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..sockets import ReadyState
+from ..websocket.sockets import ReadyState
 
 if TYPE_CHECKING:
-    from ..options import WebSocketOptions
+    from ..websocket.options import WebSocketOptions
     from .connection import Connection
     from .ledger import Ledger
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from ..messages import Message
+from ..websocket.messages import Message
 
 if TYPE_CHECKING:
-    from ..sockets import Socket
+    from ..websocket.sockets import Socket
     from .connection import Connection
     from .ledger import Ledger
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import NamespaceNotFoundError, ServerStateError
-from ..events import Event, HandlerError, Tap
-from ..messages import Message, encode
-from ..namespace import Addressed, Exclude, Namespace, normalize_path
-from ..rooms import check_room
-from ..sockets import Socket
+from ..websocket.events import Event, HandlerError, Tap
+from ..websocket.messages import Message, encode
+from ..websocket.namespace import Addressed, Exclude, Namespace, normalize_path
+from ..websocket.rooms import check_room
+from ..websocket.sockets import Socket
 from . import markup
 from .nodes import ClusterInspector
 from .snapshots import (
@@ -29,8 +29,8 @@ from .snapshots import (
 from .widget import LiveView
 
 if TYPE_CHECKING:
-    from ..broker import Ulak
     from ..server import AsenaServer
+    from ..ulak.broker import Ulak
 
 R = TypeVar("R")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import ServerStateError, SocketNotFoundError
-from ..messages import encode
-from ..rooms import check_room
 from ..transports import Cluster, Node
+from ..websocket.messages import encode
+from ..websocket.rooms import check_room
 from . import markup
 from .snapshots import Receipt, Rooms, Sockets, SocketSnapshot, count
 

@@ -12,9 +12,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, NamespaceNotFoundError, SocketNotFoundError
-from ..events import Event
-from ..namespace import Namespace
-from ..sockets import Socket
+from ..websocket.events import Event
+from ..websocket.namespace import Namespace
+from ..websocket.sockets import Socket
 from . import markup
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import AsenaError, ServerStateError
-from ..events import Event
-from ..namespace import Namespace
-from ..sockets import Socket
+from ..websocket.events import Event
+from ..websocket.namespace import Namespace
+from ..websocket.sockets import Socket
 from .snapshots import NamespaceSnapshot, SocketSnapshot, brief, shown
 
 if TYPE_CHECKING:

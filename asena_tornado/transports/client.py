@@ -7,16 +7,16 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ..broker import BulkOperation, BulkResult, Ulak
 from ..errors import ServerStateError, TransportError, UlakError, UlakErrorCode
 from ..hosting import LoopDoor, LoopThread
-from ..messages import Message
-from ..namespace import normalize_path, room_names
+from ..ulak.broker import BulkOperation, BulkResult, Ulak
+from ..websocket.messages import Message
+from ..websocket.namespace import normalize_path, room_names
 from .cluster import Cluster
 from .redis import RedisTransport
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
+    from ..websocket.namespace import Namespace
     from .contract import Transport
 
 R = TypeVar("R")

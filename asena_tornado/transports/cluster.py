@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json, to_json
 
 from ..errors import RoomLimitError, RoomNameError, TransportError, must_propagate
-from ..messages import Message, valid_close_code
+from ..websocket.messages import Message, valid_close_code
 from .contract import Transport
 from .envelope import (
     Arrivals,
@@ -39,8 +39,8 @@ from .envelope import (
 )
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..sockets import Socket
+    from ..websocket.namespace import Namespace
+    from ..websocket.sockets import Socket
 
 log = logging.getLogger("asena_tornado")
 

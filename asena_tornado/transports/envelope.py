@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from ..messages import BINARY, Message
+from ..websocket.messages import BINARY, Message
 
 # The last byte is the version of the format.
 _MAGIC = b"asn\x01"

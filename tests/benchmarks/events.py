@@ -16,8 +16,8 @@ from typing import Any
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
 from asena_tornado.connection import Outbox, connection
-from asena_tornado.messages import encode
-from asena_tornado.namespace import Namespace
+from asena_tornado.websocket.messages import encode
+from asena_tornado.websocket.namespace import Namespace
 
 CALLS, ROUNDS = 20_000, 15
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from .errors import (
+from ..errors import (
     ConfigurationError,
     RoomLimitError,
     ServerStateError,
@@ -23,7 +23,7 @@ from .rooms import RoomIndex, RoomsView, check_room
 from .sockets import ReadyState, Socket
 
 if TYPE_CHECKING:
-    from .connection.connection import Connection
+    from ..connection.connection import Connection
     from .options import WebSocketOptions
     from .service import Hooks
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeVar, get_origin, overload, runtime_checkable
 
-from .errors import (
+from ..errors import (
     CircularDependencyError,
     ConfigurationError,
     HookNameWarning,

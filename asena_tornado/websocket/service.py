@@ -23,8 +23,8 @@ from typing import (
 from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
-from .container import component, listed, needs_self
-from .errors import ConfigurationError, InvalidMessageError, ServerStateError
+from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
+from ..ioc.container import component, listed, needs_self
 from .messages import Decoder
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions

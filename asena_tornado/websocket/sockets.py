@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 from .messages import encode, valid_close_code
 
 if TYPE_CHECKING:
-    from .connection.connection import Connection
+    from ..connection.connection import Connection
     from .namespace import Namespace
 
 T = TypeVar("T", default=Any)

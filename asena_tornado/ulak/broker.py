@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from .errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
-from .messages import Message, encode
-from .namespace import Door, Namespace, normalize_path
+from ..errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
+from ..websocket.messages import Message, encode
+from ..websocket.namespace import Door, Namespace, normalize_path
 
 if TYPE_CHECKING:
-    from .container import Container, Reference
+    from ..ioc.container import Container, Reference
 
 R = TypeVar("R")
 

@@ -19,10 +19,10 @@ from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from .container import component, needs_self
-from .errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
-from .messages import Invalid, Validator, encode
-from .namespace import serving
+from ..errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
+from ..ioc.container import component, needs_self
+from ..websocket.messages import Invalid, Validator, encode
+from ..websocket.namespace import serving
 
 log = logging.getLogger("asena_tornado")
 T = TypeVar("T")
