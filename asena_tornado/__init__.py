@@ -24,7 +24,7 @@ from .errors import (
     UlakError,
     UlakErrorCode,
 )
-from .ioc.container import Inject, Service
+from .ioc.inject import Inject, Service
 from .server import AsenaServer
 from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
 from .ulak.broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak

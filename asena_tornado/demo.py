@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
-from .ioc.container import Service
+from .ioc.inject import Service
 from .server import AsenaServer
 from .web.controllers import Controller, Get
 from .web.http import Context, Response

@@ -13,7 +13,8 @@ from .connection import Endpoint, Ledger, Outbox
 from .errors import ConfigurationError
 from .hosting import LoopDoor
 from .inspector import SocketSnapshot
-from .ioc.container import Container, component_of
+from .ioc.container import Container
+from .ioc.inject import component_of
 from .transports import Cluster, Gap, LocalTransport, Transport
 from .ulak.broker import Ulak
 from .web.controllers import Controllers

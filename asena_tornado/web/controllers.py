@@ -19,7 +19,7 @@ from tornado.routing import Matcher, Rule
 from tornado.web import stream_request_body
 
 from ..errors import ConfigurationError
-from ..ioc.container import component, listed, needs_self
+from ..ioc.inject import component, listed, needs_self
 from .http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, answer_to, make_response
 
 log = logging.getLogger("asena_tornado")

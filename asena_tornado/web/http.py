@@ -20,7 +20,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
 from ..errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
-from ..ioc.container import component, needs_self
+from ..ioc.inject import component, needs_self
 from ..websocket.messages import Invalid, Validator, encode
 from ..websocket.namespace import serving
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
-from ..ioc.container import component, listed, needs_self
+from ..ioc.inject import component, listed, needs_self
 from .messages import Decoder
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
