@@ -215,7 +215,7 @@ class AsenaServer:
         """Close the descriptors: there is no loop any more that could do it in an orderly way."""
         for namespace in self._site.namespaces.values():
             for socket in (*namespace.sockets.values(), *namespace.leaving):
-                socket._connection.channel.give_up()
+                socket._connection.abandon()
             namespace.forget_everybody()
 
     @property

@@ -19,9 +19,10 @@ from .transports import Cluster, Gap, LocalTransport, Transport
 from .ulak.broker import Ulak
 from .web.controllers import Controllers
 from .web.http import Chain, Hosts, Origins
-from .websocket.namespace import Namespace, serving
+from .websocket.door import serving
+from .websocket.namespace import Namespace
 from .websocket.options import WebSocketOptions
-from .websocket.service import AsenaWebSocketService, Hooks, bind, spec_of
+from .websocket.service import AsenaWebSocketService, bind, hooks_of, spec_of
 
 log = logging.getLogger("asena_tornado")
 
@@ -93,7 +94,7 @@ class Site:
                 if spec.path in namespaces:
                     other = type(namespaces[spec.path].hooks.service).__name__
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
-                namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
+                namespace = Namespace(spec.path, hooks_of(instance), options=spec.options or self._options)
                 namespaces[spec.path] = namespace
                 if instance._namespace is None:
                     bind(instance, namespace)

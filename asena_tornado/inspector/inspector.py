@@ -176,7 +176,7 @@ class Inspector:
         def send() -> Receipt:
             socket = self._socket(id)
             return _receipt(
-                socket._namespace,
+                self._chosen(socket.namespace),
                 lambda: int(socket.send(message)),
                 f"{socket.id[:8]} in {socket.namespace}",
                 addressed=1,

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, field_serializer
 
 from ..errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
 from ..ioc.inject import Provider, Reference
+from ..websocket.door import Door
 from ..websocket.messages import Message, encode
-from ..websocket.namespace import Door, Namespace, normalize_path
+from ..websocket.namespace import Namespace, normalize_path
 
 R = TypeVar("R")
 

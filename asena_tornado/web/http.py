@@ -21,8 +21,8 @@ from tornado.web import HTTPError, RequestHandler
 
 from ..errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
 from ..ioc.inject import component, needs_self
+from ..websocket.door import serving
 from ..websocket.messages import Invalid, Validator, encode
-from ..websocket.namespace import serving
 
 log = logging.getLogger("asena_tornado")
 T = TypeVar("T")
