@@ -48,7 +48,7 @@ from .hosting import (
     switching,
     waking,
 )
-from .inspector import Desk, Inspector, View, page_routes
+from .inspector import Desk, Inspector, Subject, View, page_routes
 from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
 from .transports import Cluster, Gap, Transport
 from .ulak.broker import Ulak
@@ -165,7 +165,8 @@ class AsenaServer:
         self._inspector_read_only = inspector_read_only
         self._loop: LoopKind = loop
         self._switch_interval = switch_interval
-        self._desk = Desk(self)
+        self._subject = Subject(self, door=self._open_door, desk=lambda: self._desk)
+        self._desk = Desk(self._subject)
         self._state: State = "new"
         self._hosting: Hosting | None = None
         self._door: LoopDoor | None = None
@@ -264,7 +265,7 @@ class AsenaServer:
     @property
     def inspector(self) -> Inspector:
         """A view of the live sockets and rooms, with ways to act on them. See `Inspector`."""
-        return Inspector(self)
+        return Inspector(self._subject)
 
     @property
     def inspector_url(self) -> str:
@@ -594,7 +595,7 @@ class AsenaServer:
         # Nor does anything wait from here on: what listens and who is asked change along with the site.
         self._door, self._port, self._listeners = old._door, old._port, listeners
         self._thread, old._thread = old._thread, None
-        self._desk.pass_to(self)
+        self._desk.pass_to(self._subject)
         self._listen(http)
         old_http, old._http, old._listeners = old._http, None, []
         if old_http is not None and self._http is not None:

@@ -250,6 +250,10 @@ class Namespace:
             self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
         return count
 
+    def members(self, room: str | None) -> Mapping[Socket[Any], None]:
+        """The sockets in the room (None: in the namespace), live."""
+        return self._everyone if room is None else self.index.members(room)
+
     def _members(self, names: tuple[str, ...] | None) -> dict[Socket[Any], None]:
         if names is None:
             return self._everyone
