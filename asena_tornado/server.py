@@ -145,7 +145,6 @@ class AsenaServer:
         self._max_body_size = max_body_size
         self._site = Site(
             components,
-            owner=self,
             options=self._options,
             origins=self._origins,
             hosts=self._hosts,
@@ -155,6 +154,7 @@ class AsenaServer:
             on_gap=on_gap,
             until_running=self._until_running,
         )
+        self._site.container.provide(AsenaServer, self)
         self._ssl = ssl_options
         self._public_url = public_url
         self._inspector_path = None if inspector_path is None else normalize_path(inspector_path)

@@ -502,7 +502,7 @@ class Connection:
     # -- the service's side: one task, one message at a time
 
     async def _serve(self) -> None:
-        serving.set(self._namespace)
+        serving.set(self._namespace.door)
         try:
             try:
                 await self._serve_messages()

@@ -97,7 +97,7 @@ class Handshake:
         context = Context(self._request, query=self._query)
         try:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
-                response = await endpoint.middleware.run(context, _admit)
+                response = await endpoint.middleware.run(context, _admit, endpoint.namespace.door)
         except TimeoutError:
             why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None

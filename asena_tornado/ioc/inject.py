@@ -215,6 +215,7 @@ def Inject(target: Any, select: Callable[[Any], Any] | None = None) -> Any:
 
     - a class: the component listed of that class, else the only one listed that derives from it, else, if the
       class is a component, one that is built for the occasion: what is injected need not be listed;
+    - ``AsenaServer`` or ``Ulak``: the server that it runs in, and what sends to the server's namespaces;
     - a component's name, which some listed or injected component must bear;
     - a reference such as ``ulak("/path")``, which creates no dependency.
 

@@ -1,4 +1,4 @@
-"""The way to a server's loop, and whose handler the current code is part of."""
+"""The way to a server's loop, and whether the current code is a part of that server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _ClosedDoor:
 
 CLOSED_DOOR = _ClosedDoor()
 
-# Whose handler the current code runs for: a namespace, or a server for its middleware and controllers; else None.
-serving: ContextVar[object] = ContextVar("serving", default=None)
+# The door of the server that the current code is a part of: a handler, middleware, a controller, an ``on_stop``.
+serving: ContextVar[Door | None] = ContextVar("serving", default=None)
 
 __all__ = ["CLOSED_DOOR", "Door", "serving"]
