@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
 from asena_tornado.connection import Ledger
 from asena_tornado.connection.keepalive import Keepalive
-from asena_tornado.sockets import ReadyState
+from asena_tornado.websocket.sockets import ReadyState
 
 
 class Recorder(AsenaWebSocketService):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_core import to_json
 
 from ..errors import RoomNameError, TransportError, must_propagate
-from ..messages import Message, valid_close_code
 from ..transports import Transport
+from ..websocket.messages import Message, valid_close_code
 from .envelope import (
     VERSION,
     Envelope,
@@ -40,8 +40,8 @@ from .numbering import LATE, UNWANTED, Incoming, Numbers, Outgoing
 from .remote import Listing, Remote
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..sockets import Socket
+    from ..websocket.namespace import Namespace
+    from ..websocket.sockets import Socket
 
 log = logging.getLogger("asena_tornado")
 

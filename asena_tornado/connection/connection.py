@@ -9,25 +9,21 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable, iscoroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InvalidMessageError, SocketClosedError, bounded, must_propagate
-from ..events import one_line
 from ..hosting import pass_interrupt_on
-from ..messages import BINARY, TEXT, Message, frame
-from ..namespace import serving
-from ..sockets import ReadyState
+from ..websocket.door import serving
+from ..websocket.events import one_line
+from ..websocket.messages import BINARY, TEXT, Message, frame
+from ..websocket.namespace import Namespace
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import ReadyState, Socket
 from .channel import Channel
-from .deflate import INFLATED_AT_ONCE, Deflate
+from .deflate import INFLATED_AT_ONCE, Deflate, InflationQueue
 from .frames import CLOSE, PING, PONG, FrameParser, ProtocolError
-
-if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..options import WebSocketOptions
-    from ..sockets import Socket
-    from .deflate import InflationQueue
-    from .keepalive import Keepalive
-    from .outbox import Outbox
+from .keepalive import Keepalive
+from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
 
@@ -264,7 +260,7 @@ class Connection:
         else:
             if deflate.shared is None:
                 # What was published before has to go through the same window before.
-                self._outbox.settle(self)
+                self._outbox.settle(self.socket)
             data = deflate.frame(message)
         waiting = self.channel.waiting
         if waiting and (self._overflowing or waiting + self.owed_size + len(data) > self._limit):
@@ -414,6 +410,10 @@ class Connection:
         """Cut the connection without a close frame."""
         self.channel.abort()
 
+    def abandon(self) -> None:
+        """Close the descriptor and nothing else: there is no loop any more, or it is another process's."""
+        self.channel.give_up()
+
     def cut_off(self) -> None:
         """Out of time: abort, and cancel whatever handler still runs."""
         if self._retiring is not None and self._code is None:
@@ -502,7 +502,7 @@ class Connection:
     # -- the service's side: one task, one message at a time
 
     async def _serve(self) -> None:
-        serving.set(self._namespace)
+        serving.set(self._namespace.door)
         try:
             try:
                 await self._serve_messages()

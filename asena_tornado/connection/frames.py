@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Protocol
 
-from ..messages import BINARY, TEXT, valid_close_code
+from ..websocket.messages import BINARY, TEXT, valid_close_code
 
 CONTINUATION = 0x0
 CLOSE = 0x8

@@ -29,11 +29,11 @@ from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProt
 
 from ..errors import must_propagate
 from ..hosting import Acceptor, beside, hold, random_bytes
-from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
-from ..messages import encode, validation_errors
-from ..namespace import Namespace
-from ..options import WebSocketOptions
-from ..sockets import Socket, SocketData
+from ..web.http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
+from ..websocket.messages import encode, validation_errors
+from ..websocket.namespace import Namespace
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import Socket, SocketData
 from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
@@ -97,7 +97,7 @@ class Handshake:
         context = Context(self._request, query=self._query)
         try:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
-                response = await endpoint.middleware.run(context, _admit)
+                response = await endpoint.middleware.run(context, _admit, endpoint.namespace.door)
         except TimeoutError:
             why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None

@@ -12,12 +12,12 @@ import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
 from asena_tornado.connection import Outbox, connection
-from asena_tornado.messages import encode
-from asena_tornado.namespace import Namespace
+from asena_tornado.websocket.messages import encode
+from asena_tornado.websocket.namespace import Namespace
 
 CALLS, ROUNDS = 20_000, 15
 
@@ -53,7 +53,7 @@ async def main() -> None:
     async with AsenaServer(Chat, port=0) as server, await connect(server.url("/chat")):
         namespace = server.namespaces["/chat"]
         [socket] = namespace.sockets.values()
-        line, outbox = socket._connection, namespace.outbox
+        line, outbox = cast(connection.Connection, socket._connection), namespace.outbox
         assert isinstance(outbox, Outbox)
         message = encode("x" * 64)
         text = "x" * 64

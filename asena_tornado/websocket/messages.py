@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, to_json
 from typing_extensions import TypeAliasType
 
-from .errors import ConfigurationError, EncodeError, InvalidMessageError, shortened
+from ..errors import ConfigurationError, EncodeError, InvalidMessageError, shortened
 
 log = logging.getLogger("asena_tornado")
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import bounded, text_of
+from ..errors import bounded, text_of
 from .messages import Message
 
 EventKind = Literal[
@@ -41,7 +41,7 @@ _PREVIEW = 120  # characters of a message that are kept
 _FAILURES = 100  # of hooks, with their tracebacks
 _TRACEBACK = 8000  # characters of one that are kept: its end, where the error is
 _ERROR_LINE = 300  # characters of an error in one line
-_OWN_FILES = str(Path(__file__).parent) + os.sep
+_OWN_FILES = str(Path(__file__).parents[1]) + os.sep
 # What is kept of each sort of event, and of the rooms in one of them.
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_ROOM_BYTES = 16 * 1024

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from typing import Any, Protocol
 from urllib.parse import quote
 
-from .errors import (
+from ..errors import (
     ConfigurationError,
     RoomLimitError,
     ServerStateError,
@@ -17,42 +16,20 @@ from .errors import (
     must_propagate,
     text_of,
 )
+from .door import CLOSED_DOOR, Door
 from .events import EventLog
+from .hooks import Hooks
 from .messages import Message, encode
+from .options import WebSocketOptions
 from .rooms import RoomIndex, RoomsView, check_room
 from .sockets import ReadyState, Socket
 
-if TYPE_CHECKING:
-    from .connection.connection import Connection
-    from .options import WebSocketOptions
-    from .service import Hooks
-
 log = logging.getLogger("asena_tornado")
 
-R = TypeVar("R")
 # A socket leaves so many rooms in one turn of the loop, which takes about a millisecond.
 _ROOMS_PER_TURN = 1000
 
-# Whose handler the current code runs for: a namespace, or a server for its middleware and controllers; else None.
-serving: ContextVar[object] = ContextVar("serving", default=None)
-
 Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str
-
-
-class Door(Protocol):
-    """The way to the loop, from whichever thread (see `hosting`)."""
-
-    def inside(self) -> bool:
-        """Whether the caller is on the loop's thread."""
-        ...
-
-    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
-        """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
-        ...
-
-    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        """Run on the loop and await the result, from any loop."""
-        ...
 
 
 class FanOut(Protocol):
@@ -64,7 +41,7 @@ class FanOut(Protocol):
 
     def seal(self, members: Mapping[Socket, None]) -> None: ...
 
-    def settle(self, connection: Connection) -> None: ...
+    def settle(self, socket: Socket[Any]) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -161,7 +138,7 @@ class Namespace:
         self.path = path
         self.hooks = hooks
         self.options = options
-        self.door: Door = _CLOSED_DOOR
+        self.door: Door = CLOSED_DOOR
         self.outbox: FanOut | None = None
         self.link: Link | None = None
         self.index: RoomIndex[Socket[Any]] = RoomIndex()
@@ -273,6 +250,10 @@ class Namespace:
             self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
         return count
 
+    def members(self, room: str | None) -> Mapping[Socket[Any], None]:
+        """The sockets in the room (None: in the namespace), live."""
+        return self._everyone if room is None else self.index.members(room)
+
     def _members(self, names: tuple[str, ...] | None) -> dict[Socket[Any], None]:
         if names is None:
             return self._everyone
@@ -379,7 +360,7 @@ class Namespace:
         """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
         assert self.outbox is not None
         # Of whatever has it among its members: one of its rooms, several, or everybody.
-        self.outbox.settle(socket._connection)
+        self.outbox.settle(socket)
         del self._everyone[socket]
         del self._by_id[socket.id]
         self._leaving[socket] = None
@@ -487,20 +468,3 @@ def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:
         if not isinstance(one, str | Socket):
             raise TypeError(f"exclude takes sockets or their ids, not {one!r}")
     return each
-
-
-class _ClosedDoor:
-    """Before the server starts, and after it has stopped."""
-
-    def inside(self) -> bool:
-        raise ServerStateError("the server is not running: call server.start() first")
-
-    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
-        self.inside()
-
-    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        self.inside()
-        raise NotImplementedError  # inside() has raised
-
-
-_CLOSED_DOOR = _ClosedDoor()
