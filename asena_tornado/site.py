@@ -144,8 +144,7 @@ class Site:
         self._door = self.controllers.door = door
         self.endpoints = {}
         for path, namespace in self.namespaces.items():
-            namespace.door = door
-            namespace.outbox = self._outbox
+            namespace.open(door, self._outbox)
             self.endpoints[path] = Endpoint(
                 door.loop,
                 namespace,
@@ -224,9 +223,10 @@ class Site:
         else:
             cluster = await self._new_cluster({})
         # What the new components send as they start goes to the clients that are taken over.
+        assert old._outbox is not None
         for path, fresh in self.namespaces.items():
             namespace = old.namespaces.get(path, fresh)
-            namespace.door, namespace.outbox = door, old._outbox
+            namespace.open(door, old._outbox)
             bind(fresh.hooks.service, namespace)
             self.ulak.open(door, [namespace])
         try:
@@ -241,7 +241,6 @@ class Site:
                 await cluster.stop()
             raise
         # The switch itself waits for nothing: it falls between two messages.
-        assert old._outbox is not None
         self._outbox = old._outbox
         self._outbox.ledger.limit = self._max_buffered_bytes
         gone = []

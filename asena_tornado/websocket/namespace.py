@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+import threading
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -71,6 +72,34 @@ class Link(Protocol):
 
     async def count_sockets(self, path: str | None) -> int:
         """How many sockets there are on all nodes."""
+        ...
+
+
+class NamespaceObserver(Protocol):
+    """Who is told what happens in a namespace: see `Namespace.observe`.
+
+    All calls come on the server's loop, in the order in which things happen. They must neither wait nor raise.
+    """
+
+    def admitted(self, socket: Socket[Any]) -> None:
+        """The socket is open."""
+        ...
+
+    def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
+        """The socket is addressed no more. It has yet to leave its ``rooms``; `left` tells of each."""
+        ...
+
+    def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
+        """The socket is in the room. ``first``: nobody else is, of this server."""
+        ...
+
+    def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
+        """The socket has left the room. ``last``: nobody is left in it, of this server. ``released``: with the end of
+        the connection."""
+        ...
+
+    def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        """A message to the rooms (none: to everybody) goes to ``count`` sockets. Told only to those who `listen`."""
         ...
 
 
@@ -142,7 +171,10 @@ class Namespace:
         self.outbox: FanOut | None = None
         self.link: Link | None = None
         self.index: RoomIndex[Socket[Any]] = RoomIndex()
-        self.events = EventLog(path)
+        self.events = EventLog(path, watched_changed=lambda watched: self.listen(self.events, watched))
+        self._observers: tuple[NamespaceObserver, ...] = (self.events,)
+        self._listeners: tuple[NamespaceObserver, ...] = ()
+        self._listening = threading.Lock()  # the log is watched from any thread
         self.dropped = 0  # messages refused by the limit on waiting bytes
         self._by_id: dict[str, Socket[Any]] = {}
         # Everybody, as the outbox needs it: the members of the namespace.
@@ -154,6 +186,26 @@ class Namespace:
         self.sockets = SocketsView(self._by_id)
         self.rooms: RoomsView[Socket[Any]] = RoomsView(self.index)
         self._all_gone: list[Callable[[], None]] = []
+
+    def open(self, door: Door, outbox: FanOut) -> None:
+        """Send through this door, by this outbox, from now on."""
+        self.door, self.outbox = door, outbox
+
+    # -- who is told
+
+    def observe(self, observer: NamespaceObserver) -> None:
+        """Tell the observer what happens from now on; on the loop, or before the server starts."""
+        self._observers = (*self._observers, observer)
+
+    def listen(self, observer: NamespaceObserver, listening: bool) -> None:
+        """Whether the observer is told of messages, too: it costs time for each. From any thread."""
+        with self._listening:
+            others = tuple(each for each in self._listeners if each is not observer)
+            self._listeners = (*others, observer) if listening else others
+
+    def _tell_listeners(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        for listener in self._listeners:
+            listener.delivered(rooms, message, count)
 
     # -- sending
 
@@ -237,7 +289,7 @@ class Namespace:
         if self._withdrawing and names is not None:
             for socket in self._withdrawing:  # they get nothing any more, nor are they counted
                 for room in names:
-                    self._take_out(socket, room)
+                    self._take_out(socket, room, released=True)
         members = self._members(names)
         count = len(members)
         if excluded:
@@ -245,8 +297,8 @@ class Namespace:
                 if socket in members:
                     count -= 1
         if count:
-            if self.events.watched:
-                self.events.sent(None, names or (), message, count)
+            if self._listeners:
+                self._tell_listeners(names or (), message, count)
             self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
         return count
 
@@ -300,10 +352,12 @@ class Namespace:
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
-            if self.link is not None and not self.index.members(room):
+            first = not self.index.members(room)
+            if first and self.link is not None:
                 self.link.join(self.path, room)
             self.index.join(socket, room)
-            self.events.record("joined", socket.id, rooms=(room,))
+            for observer in self._observers:
+                observer.joined(socket, room, first=first)
 
     def leave(self, socket: Socket[Any], room: str) -> None:
         """Take the socket out of the room, from any thread."""
@@ -316,11 +370,15 @@ class Namespace:
         elif room in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self._take_out(socket, room)
-            self.events.record("left", socket.id, rooms=(room,))
 
-    def _take_out(self, socket: Socket[Any], room: str) -> None:
-        if self.index.leave(socket, room) and self.link is not None and not self.index.members(room):
+    def _take_out(self, socket: Socket[Any], room: str, *, released: bool = False) -> None:
+        if not self.index.leave(socket, room):
+            return
+        last = not self.index.members(room)
+        if last and self.link is not None:
             self.link.leave(self.path, room)
+        for observer in self._observers:
+            observer.left(socket, room, last=last, released=released)
 
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
         """The names of the rooms the socket is in."""
@@ -354,7 +412,8 @@ class Namespace:
         self.outbox.seal(self._everyone)  # type: ignore[union-attr]  # the door is open
         self._by_id[socket.id] = socket
         self._everyone[socket] = None
-        self.events.record("connected", socket.id, detail=socket.remote_address)
+        for observer in self._observers:
+            observer.admitted(socket)
 
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
@@ -365,7 +424,8 @@ class Namespace:
         del self._by_id[socket.id]
         self._leaving[socket] = None
         rooms = socket._left_rooms = self.index.withdraw(socket)
-        self.events.record("closed", socket.id, rooms=rooms, code=code, detail=reason)
+        for observer in self._observers:
+            observer.released(socket, code, reason, rooms)
         if rooms:
             self._withdrawing[socket] = list(rooms)
 
@@ -380,7 +440,7 @@ class Namespace:
         if len(rooms) > _ROOMS_PER_TURN and socket is not next(iter(self._withdrawing)):
             return True
         for room in rooms[-_ROOMS_PER_TURN:]:
-            self._take_out(socket, room)
+            self._take_out(socket, room, released=True)
         del rooms[-_ROOMS_PER_TURN:]
         if not rooms:
             del self._withdrawing[socket]
@@ -393,7 +453,7 @@ class Namespace:
     def forget(self, socket: Socket[Any]) -> None:
         """``on_close`` has run: nothing of the socket is left."""
         for room in self._withdrawing.pop(socket, ()):  # where nobody has waited for it
-            self._take_out(socket, room)
+            self._take_out(socket, room, released=True)
         socket._left_rooms = {}
         self._leaving.pop(socket, None)
         if self.empty:
