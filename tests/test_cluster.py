@@ -733,6 +733,10 @@ class Listener:
 
     def record(self, *args: object, **kwargs: object) -> None: ...
 
+    def observe(self, observer: object) -> None: ...
+
+    def unobserve(self, observer: object) -> None: ...
+
     def deliver(self, rooms: Any, message: Any, excluded: Any) -> None:
         self.received.append(message.payload.decode())
 
