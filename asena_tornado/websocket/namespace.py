@@ -70,7 +70,8 @@ class Link(Protocol):
 class NamespaceObserver(Protocol):
     """Who is told what happens in a namespace: see `Namespace.observe`.
 
-    A subclass need not define what it does not care for. All calls come on the server's loop, in the order in which things happen. They must neither wait nor raise.
+    A subclass need not define what it does not care for. All calls come on the server's loop, in the order in which
+    things happen. They must neither wait nor raise.
     """
 
     def admitted(self, socket: Socket[Any]) -> None:
