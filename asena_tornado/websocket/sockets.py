@@ -64,12 +64,20 @@ class Wire(Protocol):
 
     state: ReadyState
     round_trip_time: float | None
-    messages_in: int
     messages_out: int
     bytes_in: int
     bytes_out: int
     dropped: int
-    last_error: str | None
+
+    @property
+    def messages_in(self) -> int:
+        """Messages that came."""
+        ...
+
+    @property
+    def last_error(self) -> str | None:
+        """The last that a hook raised, in one line."""
+        ...
 
     @property
     def buffered_amount(self) -> int:
@@ -93,7 +101,7 @@ class Wire(Protocol):
         """Begin the close handshake."""
         ...
 
-    def retire(self, code: int, reason: str, *, grace: float, patience: float) -> None:
+    def close_when_done(self, code: int, reason: str, *, grace: float, patience: float) -> None:
         """Read no more, and close once the handler is done; the times are in seconds."""
         ...
 
