@@ -293,7 +293,7 @@ async def _close_sockets(
         everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):
             for socket in everyone[i : i + _CLOSE_BATCH]:
-                socket._connection.retire(code, reason, grace=grace, patience=patience)
+                socket._connection.close_when_done(code, reason, grace=grace, patience=patience)
             await asyncio.sleep(0)
         namespace.when_empty(look)
     try:

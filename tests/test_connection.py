@@ -145,7 +145,7 @@ def test_who_is_ahead_of_its_handler_is_not_read_until_it_catches_up(serve, wire
     assert service.next() == ("message", "wait")
     sent = flood(wire)
     connection = socket._connection
-    assert 4 <= server.call(lambda: len(connection._inbox)) <= 5
+    assert 4 <= server.call(lambda: len(connection._dispatch._inbox)) <= 5
     assert socket.ready_state is ReadyState.OPEN
     server.call(service.go.set)
     assert wire.read() == "wait"

@@ -230,7 +230,7 @@ async def test_bad_arguments_raise_on_the_callers_line_and_change_nothing() -> N
             inspector.to("", "x")
         with pytest.raises(RoomNameError):
             inspector.join(id, "")
-        with pytest.raises(ValueError, match="close frame"):
+        with pytest.raises(ValueError, match="not a valid close code"):
             inspector.disconnect(id, 1005)
         assert inspector.sockets[id].rooms == ("general",)
 

@@ -19,9 +19,13 @@ class Watched(Protocol):
     state: ReadyState
     channel: Channel
     heard_at: float
-    message_at: float
     pinged_at: float
     ping_sent_at: float | None
+
+    @property
+    def message_at(self) -> float:
+        """When the last message came."""
+        ...
 
     @property
     def paused(self) -> bool:

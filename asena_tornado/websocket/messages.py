@@ -43,6 +43,14 @@ def valid_close_code(code: int) -> bool:
     return code in _CLOSE_CODES or 3000 <= code <= 4999
 
 
+def check_close(code: int, reason: str) -> None:
+    """Raise ``ValueError`` for a code or a reason that a close frame cannot have."""
+    if not valid_close_code(code):
+        raise ValueError(f"{code} is not a valid close code; use 1000 or one from 3000 to 4999")
+    if len(reason.encode()) > 123:
+        raise ValueError("the reason of a close frame has at most 123 bytes as UTF-8")
+
+
 def frame(opcode: int, payload: bytes, *, rsv1: bool = False) -> bytes:
     """An unmasked, final frame: the same bytes for every client (RFC 6455 §5.2)."""
     first = FIN | opcode | (0x40 if rsv1 else 0)

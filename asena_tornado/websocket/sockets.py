@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol
 from typing_extensions import TypeVar
 
 from .door import Door
-from .messages import Message, encode, valid_close_code
+from .messages import Message, check_close, encode
 from .rooms import RoomIndex
 
 T = TypeVar("T", default=Any)
@@ -64,12 +64,20 @@ class Wire(Protocol):
 
     state: ReadyState
     round_trip_time: float | None
-    messages_in: int
     messages_out: int
     bytes_in: int
     bytes_out: int
     dropped: int
-    last_error: str | None
+
+    @property
+    def messages_in(self) -> int:
+        """Messages that came."""
+        ...
+
+    @property
+    def last_error(self) -> str | None:
+        """The last that a hook raised, in one line."""
+        ...
 
     @property
     def buffered_amount(self) -> int:
@@ -93,7 +101,7 @@ class Wire(Protocol):
         """Begin the close handshake."""
         ...
 
-    def retire(self, code: int, reason: str, *, grace: float, patience: float) -> None:
+    def close_when_done(self, code: int, reason: str, *, grace: float, patience: float) -> None:
         """Read no more, and close once the handler is done; the times are in seconds."""
         ...
 
@@ -229,10 +237,7 @@ class Socket(Generic[T]):
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Begin the close handshake. ``code``: 1000, 3000-4999 or another that RFC 6455 §7.4 lets a peer send;
         ``reason``: at most 123 bytes as UTF-8."""
-        if not valid_close_code(code):
-            raise ValueError(f"{code} is no code a close frame may carry; use 1000 or one from 3000 to 4999")
-        if len(reason.encode()) > 123:
-            raise ValueError("the reason of a close frame has at most 123 bytes as UTF-8")
+        check_close(code, reason)
         self._namespace.door.run(self._connection.close, code, reason)
 
     def terminate(self) -> None:
