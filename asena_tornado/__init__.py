@@ -1,10 +1,7 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
-from .broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
-from .client import Client, connect
-from .cluster import BlockingUlakClient, Gap, UlakClient
-from .container import Inject, Service
-from .controllers import Controller, Delete, Get, Patch, Post, Put
+from .client.plain import Client, connect
+from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
@@ -28,16 +25,19 @@ from .errors import (
     UlakError,
     UlakErrorCode,
 )
-from .events import HandlerError
-from .http import Context, Middleware, MiddlewareService, Next, Response
-from .inspector import Inspector
-from .middlewares import RateLimit, RequestLog, TokenAuth
-from .namespace import Addressed
-from .options import WebSocketOptions
+from .inspector.inspector import Inspector
+from .ioc.inject import Inject, Service
 from .server import AsenaServer
-from .service import AsenaWebSocketService, WebSocket
-from .sockets import ReadyState, Socket, SocketData
 from .transports import LocalTransport, RedisTransport, Transport
+from .ulak.broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
+from .web.controllers import Controller, Delete, Get, Patch, Post, Put
+from .web.http import Context, Middleware, MiddlewareService, Next, Response
+from .web.middlewares import RateLimit, RequestLog, TokenAuth
+from .websocket.events import HandlerError
+from .websocket.namespace import Addressed
+from .websocket.options import WebSocketOptions
+from .websocket.service import AsenaWebSocketService, WebSocket
+from .websocket.sockets import ReadyState, Socket, SocketData
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "ConnectionClosed",
     "Context",
     "Controller",
+    "Count",
     "Delete",
     "EncodeError",
     "Gap",

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
-from .container import Service
-from .controllers import Controller, Get
-from .http import Context, Response
+from .ioc.inject import Service
 from .server import AsenaServer
-from .service import AsenaWebSocketService, WebSocket
-from .sockets import Socket
+from .web.controllers import Controller, Get
+from .web.http import Context, Response
+from .websocket.service import AsenaWebSocketService, WebSocket
+from .websocket.sockets import Socket
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)]
 _HEADERS = {

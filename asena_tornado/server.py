@@ -26,11 +26,9 @@ from urllib.parse import urlsplit
 
 from tornado.web import Application
 
-from .broker import Ulak
-from .client import Client, connect
+from .client.plain import Client, connect
 from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
-from .controllers import ControllerHandler
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
     LoopDoor,
@@ -51,12 +49,14 @@ from .hosting import (
     switching,
     waking,
 )
-from .http import Hosts, Origins, Refusal
-from .inspector import Desk, Inspector, View, page_routes
-from .namespace import Namespace, normalize_path
-from .options import WebSocketOptions
+from .inspector import Desk, Inspector, Subject, View, page_routes
 from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
 from .transports import Transport
+from .ulak.broker import Ulak
+from .web.controllers import ControllerHandler
+from .web.http import Hosts, Origins, Refusal
+from .websocket.namespace import Namespace, normalize_path
+from .websocket.options import WebSocketOptions
 
 log = logging.getLogger("asena_tornado")
 R = TypeVar("R")
@@ -169,7 +169,6 @@ class AsenaServer:
         self._max_body_size = max_body_size
         self._site = Site(
             components,
-            owner=self,
             options=self._options,
             origins=self._origins,
             hosts=self._hosts,
@@ -179,6 +178,7 @@ class AsenaServer:
             on_gap=on_gap,
             until_running=self._until_running,
         )
+        self._site.container.provide(AsenaServer, self)
         self._ssl = ssl_options
         self._public_url = public_url
         self._inspector_path = None if inspector_path is None else normalize_path(inspector_path)
@@ -189,7 +189,8 @@ class AsenaServer:
         self._inspector_read_only = inspector_read_only
         self._loop: LoopKind = loop
         self._switch_interval = switch_interval
-        self._desk = Desk(self)
+        self._subject = Subject(self, door=self._open_door, desk=lambda: self._desk)
+        self._desk = Desk(self._subject)
         self._state: State = "new"
         self._hosting: Hosting | None = None
         self._door: LoopDoor | None = None
@@ -239,7 +240,7 @@ class AsenaServer:
         """Close the descriptors: there is no loop any more that could do it in an orderly way."""
         for namespace in self._site.namespaces.values():
             for socket in (*namespace.sockets.values(), *namespace.leaving):
-                socket._connection.channel.give_up()
+                socket._connection.abandon()
             namespace.forget_everybody()
 
     @property
@@ -300,7 +301,7 @@ class AsenaServer:
     @property
     def inspector(self) -> Inspector:
         """A view of the live sockets and rooms, with ways to act on them. See `Inspector`."""
-        return Inspector(self)
+        return Inspector(self._subject)
 
     @property
     def inspector_url(self) -> str:
@@ -676,7 +677,7 @@ class AsenaServer:
         # Nothing waits from here on: the listeners and the endpoints change along with the site.
         self._door, self._port, self._listeners = old._door, old._port, listeners
         self._thread, old._thread = old._thread, None
-        self._desk.pass_to(self)
+        self._desk.pass_to(self._subject)
         self._listen(http)
         old_http, old._http, old._listeners = old._http, None, []
         if old_http is not None and self._http is not None:

@@ -9,19 +9,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .broker import Ulak
 from .cluster import Cluster, Gap
 from .connection import Endpoint, Ledger, Outbox
-from .container import Container, component_of
-from .controllers import Controllers
 from .errors import ConfigurationError
 from .hosting import LoopDoor
-from .http import Chain, Hosts, Origins
 from .inspector import SocketSnapshot
-from .namespace import Namespace, serving
-from .options import WebSocketOptions
-from .service import AsenaWebSocketService, Hooks, bind, spec_of
+from .ioc.container import Container
+from .ioc.inject import component_of
 from .transports import LocalTransport, Transport
+from .ulak.broker import Ulak
+from .web.controllers import Controllers
+from .web.http import Chain, Hosts, Origins
+from .websocket.door import serving
+from .websocket.namespace import Namespace
+from .websocket.options import WebSocketOptions
+from .websocket.service import AsenaWebSocketService, bind, hooks_of, spec_of
 
 log = logging.getLogger("asena_tornado")
 
@@ -48,7 +50,6 @@ class Site:
         self,
         components: Sequence[Any],
         *,
-        owner: object,
         options: WebSocketOptions,
         origins: Origins,
         hosts: Hosts,
@@ -58,7 +59,7 @@ class Site:
         on_gap: Callable[[Gap], object] | None,
         until_running: Callable[[], Awaitable[object]],
     ) -> None:
-        """``owner``: the server, as `namespace.serving` names it. ``until_running`` is awaited by controllers."""
+        """``until_running`` is awaited by controllers."""
         self.container = Container(*components)
         self.ulak = Ulak()
         self.container.provide(Ulak, self.ulak)
@@ -67,7 +68,6 @@ class Site:
         self.endpoints: dict[str, Endpoint] = {}
         self.cluster: Cluster | None = None
         self.built = False
-        self._owner = owner
         self._options = options
         self._origins = origins
         self._hosts = hosts
@@ -78,6 +78,7 @@ class Site:
         self._on_gap = on_gap
         self.controllers = self._no_controllers()
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
+        self._door: LoopDoor | None = None
         self._outbox: Outbox | None = None
 
     def build(self) -> None:
@@ -93,13 +94,13 @@ class Site:
                 if spec.path in namespaces:
                     other = type(namespaces[spec.path].hooks.service).__name__
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
-                namespace = Namespace(spec.path, Hooks(instance), options=spec.options or self._options)
+                namespace = Namespace(spec.path, hooks_of(instance), options=spec.options or self._options)
                 namespaces[spec.path] = namespace
                 if instance._namespace is None:
                     bind(instance, namespace)
                 if spec.middlewares:
                     where = f"the handshake of {spec.path}"
-                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where, self._owner)
+                    self._middleware[spec.path] = Chain(self._instances(spec.middlewares), where)
             elif mark.kind == "Controller":
                 controllers.add(instance, self._instances)
         for path in namespaces:
@@ -113,7 +114,6 @@ class Site:
 
     def _no_controllers(self) -> Controllers:
         return Controllers(
-            self._owner,
             origins=self._origins,
             hosts=self._hosts,
             max_body_size=self._max_body_size,
@@ -143,10 +143,10 @@ class Site:
 
     def _open_namespaces(self, door: LoopDoor) -> None:
         assert self._outbox is not None
+        self._door = self.controllers.door = door
         self.endpoints = {}
         for path, namespace in self.namespaces.items():
-            namespace.door = door
-            namespace.outbox = self._outbox
+            namespace.open(door, self._outbox)
             self.endpoints[path] = Endpoint(
                 door.loop,
                 namespace,
@@ -167,7 +167,7 @@ class Site:
 
     async def stop(self, deadline: float | None = None) -> None:
         """Run every ``on_stop`` and leave the cluster; what still runs at ``deadline`` (loop time) is cancelled."""
-        token = serving.set(self._owner)
+        token = serving.set(self._door)
         try:
             await self.container.stop(until=deadline)
         finally:
@@ -195,9 +195,8 @@ class Site:
 
     @property
     def handling(self) -> bool:
-        """Whether the caller is a handler of this site."""
-        owner = serving.get()
-        return owner is self._owner or owner in self.namespaces.values()
+        """Whether the caller is a part of this site, such as a handler."""
+        return self._door is not None and serving.get() is self._door
 
     async def _new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
         if isinstance(self._transport, LocalTransport) and self._transport.hub is None:
@@ -226,9 +225,10 @@ class Site:
         else:
             cluster = await self._new_cluster({})
         # What the new components send as they start goes to the clients that are taken over.
+        assert old._outbox is not None
         for path, fresh in self.namespaces.items():
             namespace = old.namespaces.get(path, fresh)
-            namespace.door, namespace.outbox = door, old._outbox
+            namespace.open(door, old._outbox)
             bind(fresh.hooks.service, namespace)
             self.ulak.open(door, [namespace])
         try:
@@ -243,7 +243,6 @@ class Site:
                 await cluster.stop()
             raise
         # The switch itself waits for nothing: it falls between two messages.
-        assert old._outbox is not None
         self._outbox = old._outbox
         self._outbox.ledger.limit = self._max_buffered_bytes
         gone = []
@@ -296,7 +295,7 @@ async def _close_sockets(
         everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):
             for socket in everyone[i : i + _CLOSE_BATCH]:
-                socket._connection.retire(code, reason, grace=grace, patience=patience)
+                socket._connection.close_when_done(code, reason, grace=grace, patience=patience)
             await asyncio.sleep(0)
         namespace.when_empty(look)
     try:

@@ -27,8 +27,8 @@ from asena_tornado import (
     WebSocket,
     WebSocketOptions,
 )
-from asena_tornado.events import EventLog, Tap
-from asena_tornado.messages import Validator
+from asena_tornado.websocket.events import EventLog, Tap
+from asena_tornado.websocket.messages import Validator
 
 MB = 1024 * 1024
 PEAK = Path("/proc/self/clear_refs")

@@ -45,8 +45,8 @@ from asena_tornado import (
     WebSocketOptions,
     ulak,
 )
-from asena_tornado.namespace import Namespace
-from asena_tornado.service import Hooks
+from asena_tornado.websocket.namespace import Namespace
+from asena_tornado.websocket.service import hooks_of
 
 Code = UlakErrorCode
 
@@ -722,7 +722,7 @@ async def test_a_second_namespace_on_a_path_is_refused_and_the_first_stays():
     async with running(Chat) as (server, join):
         ann, _ = await join("/chat")
         server.ulak.register_namespace(server.namespaces["/chat"])  # the same one: nothing happens
-        other = Namespace("/chat", Hooks(Chat()), options=WebSocketOptions())
+        other = Namespace("/chat", hooks_of(Chat()), options=WebSocketOptions())
         with pytest.raises(UlakError, match="another namespace is registered as '/chat'") as caught:
             server.ulak.register_namespace(other)
         assert (caught.value.code, caught.value.namespace) == (Code.NAMESPACE_ALREADY_EXISTS, "/chat")

@@ -33,8 +33,8 @@ from asena_tornado import (
 from asena_tornado.cluster import BlockingUlakClient, Cluster, Gap, UlakClient, cluster, numbering, remote
 from asena_tornado.cluster.envelope import Kind, message_header, pack
 from asena_tornado.inspector import nodes as nodes_view
-from asena_tornado.messages import encode
 from asena_tornado.transports import LocalTransport, RedisTransport, Transport
+from asena_tornado.websocket.messages import encode
 
 if TYPE_CHECKING:
     from tests.conftest import RedisServer
@@ -227,6 +227,7 @@ async def test_who_joins_later_receives_from_then_on_and_who_leaves_no_more(make
         bob, bob_id = await join(b)
         socket = b.namespaces["/chat"].sockets[bob_id]
         chat(a).to("x", "too early")
+        await a.cluster.transport.sync()
         for number in range(3):
             socket.subscribe("x")
             await b.cluster.transport.sync()
@@ -731,6 +732,10 @@ class Listener:
         self.cluster.serve({"/chat": namespace})
 
     def record(self, *args: object, **kwargs: object) -> None: ...
+
+    def observe(self, observer: object) -> None: ...
+
+    def unobserve(self, observer: object) -> None: ...
 
     def deliver(self, rooms: Any, message: Any, excluded: Any) -> None:
         self.received.append(message.payload.decode())

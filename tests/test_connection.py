@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
 from asena_tornado.connection import Ledger
 from asena_tornado.connection.keepalive import Keepalive
-from asena_tornado.sockets import ReadyState
+from asena_tornado.websocket.sockets import ReadyState
 
 
 class Recorder(AsenaWebSocketService):
@@ -145,7 +145,7 @@ def test_a_client_ahead_of_its_handler_is_not_read_until_that_catches_up(serve, 
     assert service.next() == ("message", "wait")
     sent = flood(wire)
     connection = socket._connection
-    assert 4 <= server.call(lambda: len(connection._inbox)) <= 5
+    assert 4 <= server.call(lambda: len(connection._dispatch._inbox)) <= 5
     assert socket.ready_state is ReadyState.OPEN
     server.call(service.go.set)
     assert wire.read() == "wait"

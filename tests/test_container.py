@@ -14,13 +14,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from asena_tornado.container import Component, Container, Inject, Reference, Service, component, component_of
 from asena_tornado.errors import (
     CircularDependencyError,
     ConfigurationError,
     InjectionError,
     ServerStateError,
 )
+from asena_tornado.ioc.container import Container
+from asena_tornado.ioc.inject import Component, Inject, Provider, Reference, Service, component, component_of
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Courier:
 class CourierTo:
     path: str
 
-    def resolve(self, container: Container) -> str:
+    def resolve(self, container: Provider) -> str:
         return container.get(Courier).namespace(self.path)
 
 
@@ -597,7 +598,7 @@ def test_a_reference_is_resolved_and_creates_no_dependency():
 
 def test_a_reference_to_a_component_that_is_not_built_by_then_fails_clearly():
     class Early:
-        def resolve(self, container: Container) -> object:
+        def resolve(self, container: Provider) -> object:
             return container.get("Users")
 
     @Service
@@ -1060,7 +1061,7 @@ def test_a_reference_that_is_not_hashable_cannot_be_overridden():
     class Unhashable:
         path: str = "/chat"
 
-        def resolve(self, container: Container) -> str:
+        def resolve(self, container: Provider) -> str:
             return self.path
 
     with pytest.raises(InjectionError, match="cannot be overridden: it is not hashable"):

@@ -14,7 +14,7 @@ from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFact
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, WebSocketOptions
 from asena_tornado.connection.deflate import Deflate, DeflateParameters, negotiate
 from asena_tornado.connection.frames import ProtocolError
-from asena_tornado.messages import BINARY, TEXT, Message
+from asena_tornado.websocket.messages import BINARY, TEXT, Message
 
 TAIL = b"\x00\x00\xff\xff"
 LIMIT = 1_000_000

@@ -8,8 +8,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, RoomNameError, Socket, WebSocket, WebSocketOptions
-from asena_tornado.events import Event, EventLog, Tap
-from asena_tornado.messages import encode
+from asena_tornado.websocket.events import Event, EventLog, Tap
+from asena_tornado.websocket.messages import encode
 
 
 @WebSocket("/chat")

@@ -54,7 +54,7 @@ def parse(*chunks: bytes, compression: bool = False, limit: int = LIMIT) -> Even
     if compression:
         deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
     events = Events()
-    parser = FrameParser(events, max_message_size=limit, inflater=deflate)
+    parser = FrameParser(events, events, max_message_size=limit, inflater=deflate)
     try:
         for chunk in chunks:
             parser.feed(chunk)
@@ -200,25 +200,27 @@ def test_compressed_frames_that_break_the_protocol_get_their_code(stream, code):
 
 def test_while_held_messages_wait_and_control_frames_in_front_of_them_do_not():
     events = Events()
-    parser = FrameParser(events, max_message_size=LIMIT)
-    parser.held = True
+    parser = FrameParser(events, events, max_message_size=LIMIT)
+    parser.hold()
     parser.feed(frame(PING, b"1") + frame(TEXT, b"a"))
     assert events == [("ping", b"1")]
     assert parser.waiting
     parser.feed(frame(TEXT, b"b") + frame(CLOSE))
     parser.release()
+    parser.go_on()
     assert events[1:] == ["a", "b", ("close", 1005, "")]
     assert not parser.waiting
 
 
 def test_a_message_that_was_under_way_when_it_was_held_is_finished_when_released():
     events = Events()
-    parser = FrameParser(events, max_message_size=LIMIT)
+    parser = FrameParser(events, events, max_message_size=LIMIT)
     parser.feed(frame(TEXT, b"a", fin=False))
-    parser.held = True
+    parser.hold()
     parser.feed(frame(PING) + frame(CONTINUATION, b"b"))
     assert events == [("ping", b"")]
     parser.release()
+    parser.go_on()
     assert events[1:] == ["ab"]
 
 
@@ -261,15 +263,17 @@ def test_holding_and_releasing_anywhere_changes_only_when_messages_come(sent, st
     stream, expected = sent
     events = Events()
     deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
-    parser = FrameParser(events, max_message_size=10**6, inflater=deflate)
+    parser = FrameParser(events, events, max_message_size=10**6, inflater=deflate)
     chunks = cut(stream, [place for place, _ in steps])
     for chunk, hold in zip(chunks, cycle([hold for _, hold in steps] or [False]), strict=False):
         if hold:
-            parser.held = True
+            parser.hold()
         else:
             parser.release()
+            parser.go_on()
         parser.feed(chunk)
     parser.release()
+    parser.go_on()
     assert events == expected
 
 
@@ -278,22 +282,22 @@ def test_inflating_bit_by_bit_changes_only_when_messages_come(sent, steps):
     stream, expected = sent
     events = Events()
     deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
-    parser = FrameParser(events, max_message_size=10**6, inflater=deflate)
+    parser = FrameParser(events, events, max_message_size=10**6, inflater=deflate)
     chunks = cut(stream, [place for place, _, _ in steps])
     for chunk, (_, hold, allowance) in zip(chunks, cycle(steps or [(0, False, 0)]), strict=False):
-        parser.allowance = allowance
-        parser.inflate()
+        left = parser.inflate(allowance)
         if hold:
-            parser.held = True
+            parser.hold()
         else:
-            parser.release()
-        parser.feed(chunk)
+            parser.release(left)
+            parser.go_on()
+        parser.feed(chunk, left)
         assert events == expected[: len(events)]
         assert parser.waiting or not parser.inflating
-    parser.release()
+    parser.release(0)
+    parser.go_on()
     while parser.inflating:
-        parser.allowance = 1
-        parser.inflate()
+        parser.inflate(1)
         parser.go_on()
     assert events == expected
 
@@ -301,9 +305,8 @@ def test_inflating_bit_by_bit_changes_only_when_messages_come(sent, steps):
 def test_what_is_discarded_is_not_inflated_and_the_close_frame_behind_it_comes():
     events = Events()
     deflate = Deflate(DeflateParameters(True, True, 15, 15, ""), level=6, memory_level=8, threshold=0)
-    parser = FrameParser(events, max_message_size=LIMIT, inflater=deflate)
-    parser.allowance = 0
-    parser.feed(frame(TEXT, deflated(b"begun"), rsv=4) + frame(PING, b"1"))
+    parser = FrameParser(events, events, max_message_size=LIMIT, inflater=deflate)
+    parser.feed(frame(TEXT, deflated(b"begun"), rsv=4) + frame(PING, b"1"), 0)
     assert parser.inflating
     assert events == []
     parser.discard()

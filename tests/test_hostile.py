@@ -355,7 +355,7 @@ def test_others_are_served_memory_is_bounded_and_nothing_is_left(server, wires, 
         # The limits hold for each, at any time; one turn of the loop may gather a little more.
         for each in list(sockets.values()):
             assert each.buffered_amount <= 2 * LIMIT + 64 * 1024
-            assert each._connection._inbox_size <= LIMIT + 64 * 1024
+            assert each._connection._dispatch.size <= LIMIT + 64 * 1024
     for wire in wires.made[1:]:
         wire.sock.close()
     deadline = time.monotonic() + 10

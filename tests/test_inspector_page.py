@@ -271,5 +271,5 @@ async def test_a_view_says_that_the_server_has_stopped_or_is_gone() -> None:
     async with server:
         view = View(server._desk)
     assert (await view.answer({"do": "look"}))["state"] == "stopped"
-    desk = Desk(AsenaServer(Chat))
+    desk = Desk(AsenaServer(Chat)._subject)
     assert (await View(desk).answer({"do": "look"}))["state"] == "stopped"

@@ -16,6 +16,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket
+from asena_tornado.hosting import cells
 from asena_tornado.inspector import View, widget
 from asena_tornado.inspector.widget import Link
 
@@ -54,9 +55,9 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cell is running."""
-    widget._cells._began()
+    cells.began()
     yield
-    widget._cells._ended()
+    cells.ended()
 
 
 async def until(condition: Callable[[], object]) -> None:

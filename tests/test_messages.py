@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, StringConstraints, field_serializer
 from typing_extensions import TypeAliasType, TypedDict
 
 from asena_tornado.errors import ConfigurationError, EncodeError, InvalidMessageError
-from asena_tornado.messages import BINARY, TEXT, Decoder, encode, frame, valid_close_code
+from asena_tornado.websocket.messages import BINARY, TEXT, Decoder, encode, frame, valid_close_code
 
 
 class Color(StrEnum):

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from asena_tornado import (
     SocketClosedError,
     WebSocket,
 )
+from asena_tornado.websocket.messages import Message
 
 
 @WebSocket("/x")
@@ -315,3 +316,59 @@ async def test_many_rooms_and_clients_of_another_library() -> None:
             await service.closed.get()
         assert not service.sockets
         assert not service.rooms
+
+
+class Observer:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def admitted(self, socket: Socket) -> None:
+        self.told.append(("admitted", socket.id))
+
+    def released(self, socket: Socket, code: int, reason: str, rooms: Collection[str]) -> None:
+        self.told.append(("released", socket.id, code, reason, *rooms))
+
+    def joined(self, socket: Socket, room: str, *, first: bool) -> None:
+        self.told.append(("joined", socket.id, room, first))
+
+    def left(self, socket: Socket, room: str, *, last: bool, released: bool) -> None:
+        self.told.append(("left", socket.id, room, last, released))
+
+    def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        self.told.append(("delivered", rooms, message.payload, count))
+
+
+async def test_an_observer_is_told_what_happens_and_of_messages_while_it_listens() -> None:
+    async with AsenaServer(Rooms, port=0) as server:
+        observer, namespace, service = Observer(), server.namespaces["/x"], service_of(server)
+        namespace.observe(observer)
+        (ann, a), (bob, b) = await enter(server, "tech"), await enter(server, "tech music")
+        service.to("tech", "nobody listens")
+        namespace.listen(observer, True)
+        service.to(["tech", "music"], "one")
+        service.in_("two", exclude=a)
+        namespace.listen(observer, False)
+        service.in_("nobody listens")
+        b.unsubscribe("tech")
+        await bob.close(1000, "bye")
+        await service.closed.get()
+        await ann.close(1000)
+        await service.closed.get()
+    assert [each for each in observer.told if each[0] != "delivered"] == [
+        ("admitted", a.id),
+        ("joined", a.id, "tech", True),
+        ("admitted", b.id),
+        ("joined", b.id, "tech", False),
+        ("joined", b.id, "music", True),
+        ("left", b.id, "tech", False, False),
+        ("released", b.id, 1000, "bye", "music"),
+        ("left", b.id, "music", True, True),
+        ("released", a.id, 1000, "", "tech"),
+        ("left", a.id, "tech", True, True),
+    ]
+    assert [each for each in observer.told if each[0] == "delivered"] == [
+        ("delivered", ("tech", "music"), b"one", 2),
+        ("delivered", (), b"two", 1),
+    ]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from asena_tornado.errors import RoomNameError
-from asena_tornado.rooms import MembersView, RoomIndex, RoomsView, check_room
+from asena_tornado.websocket.rooms import MembersView, RoomIndex, RoomsView, check_room
 
 members = st.integers(0, 4)
 rooms = st.sampled_from("abc")

@@ -10,7 +10,7 @@ import socket as sockets
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
@@ -27,6 +27,7 @@ from asena_tornado import (
     WebSocket,
     WebSocketOptions,
 )
+from asena_tornado.connection.connection import Connection
 
 
 class Recorder(AsenaWebSocketService):
@@ -503,7 +504,7 @@ async def test_a_hook_that_has_not_begun_when_its_socket_ends_is_dropped_in_sile
         raise AssertionError("must not begin")
 
     def on_message(self: Recorder, ws: Socket, message: str) -> None:
-        ws._connection.ping_received(b"")
+        cast(Connection, ws._connection).ping_received(b"")
         ws.terminate()
 
     async with serving(recorder(on_message=on_message, on_ping=on_ping)) as (server, service):

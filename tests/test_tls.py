@@ -224,7 +224,7 @@ def test_a_client_ahead_of_its_handler_is_not_read_until_that_catches_up(serve):
             wire.send(str(sent).ljust(10_000))
             sent += 1
     wire.sock.settimeout(10)
-    assert place.server.call(lambda: len(socket._connection._inbox)) == 4
+    assert place.server.call(lambda: len(socket._connection._dispatch._inbox)) == 4
     place.server.call(place.service.go.set)
     assert wire.read() == "wait"
     assert [int(wire.read()) for _ in range(sent)] == list(range(sent))

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from subprocess import PIPE, Popen
-from typing import Any
+from typing import Any, cast
 from urllib.error import HTTPError
 
 import pytest
@@ -39,7 +39,9 @@ from asena_tornado import (
     WebSocketOptions,
     connect,
 )
-from asena_tornado.messages import encode
+from asena_tornado.connection.connection import Connection
+from asena_tornado.websocket.messages import encode
+from asena_tornado.websocket.namespace import Namespace
 
 
 class PanicException(BaseException):
@@ -64,6 +66,10 @@ def echo_of(**hooks: Any) -> type[AsenaWebSocketService]:
             self.left.put(code)
 
     return WebSocket("/echo")(type("Echo", (Echo,), {"left": queue.Queue(), **hooks}))
+
+
+def connections_of(namespace: Namespace) -> list[Connection]:
+    return [cast(Connection, socket._connection) for socket in namespace.sockets.values()]
 
 
 @contextlib.contextmanager
@@ -639,7 +645,7 @@ def test_a_client_that_has_gone_is_noticed_whatever_is_queued(
         for _ in range(600):
             client.send("hello")
         namespace = server.namespaces["/echo"]
-        while not server.call(lambda: any(s._connection.paused for s in namespace.sockets.values())):
+        while not server.call(lambda: any(each.paused for each in connections_of(namespace))):
             pass
         if how == "close":
             client.close(4321)
@@ -662,7 +668,7 @@ def test_what_waits_for_many_slow_clients_is_kept_once(wires: Any) -> None:
         ledger = namespace.outbox.ledger  # type: ignore[union-attr]
         for i in range(400):
             namespace.to("ab"[i % 2], bytes([i % 250]) * 20_000)
-        waiting = server.call(lambda: [s._connection.channel.waiting for s in namespace.sockets.values()])
+        waiting = server.call(lambda: [each.channel.waiting for each in connections_of(namespace)])
         assert min(waiting) > 3_000_000
         assert server.call(lambda: ledger.outbound) < 9_000_000
         for client in clients:
@@ -682,7 +688,7 @@ def test_past_the_servers_limit_the_slowest_go_first(wires: Any, caplog: pytest.
         server.call(lambda: None)
         assert len(namespace.sockets) == 3
         namespace.send_to(namespace.sockets[ids[0]], encode(bytes(4_000_000)))
-        assert namespace.hooks.service.left.get(timeout=10) == 1013  # type: ignore[attr-defined]
+        assert namespace.hooks.service.left.get(timeout=10) == 1013
         assert list(namespace.sockets) == [ids[0], ids[2]], "the one for which most waited"
         assert slower.rest() is not None
         assert "more than AsenaServer(max_buffered_bytes=31000000) allows" in caplog.text
@@ -699,7 +705,7 @@ def test_what_waits_for_handlers_counts_as_well(wires: Any) -> None:
         with contextlib.suppress(ConnectionError):
             greedy.write(head[:8_000_000])
         namespace = server.namespaces["/echo"]
-        assert namespace.hooks.service.left.get(timeout=10) == 1013  # type: ignore[attr-defined]
+        assert namespace.hooks.service.left.get(timeout=10) == 1013
         other.echo()
 
 

@@ -82,6 +82,32 @@ every_hosting = pytest.mark.parametrize("hosting", ["here", "thread", "mounted"]
 
 
 @every_hosting
+async def test_a_component_is_given_the_server_it_runs_in(hosting):
+    @Service
+    class Addresses:
+        server: AsenaServer = Inject(AsenaServer)
+
+        def on_start(self) -> None:
+            self.state_at_start = self.server.state
+
+    @WebSocket("/chat")
+    class Chat(AsenaWebSocketService):
+        server: AsenaServer = Inject(AsenaServer)
+        addresses: Addresses = Inject(Addresses)
+
+        def on_open(self, ws: Socket) -> None:
+            ws.send([len(self.server.inspector.sockets), self.addresses.state_at_start])
+
+    first, second = AsenaServer(Chat, port=0), AsenaServer(Chat, port=0)
+    async with hosted(first, hosting) as base, hosted(second, "here"):
+        async with await connect(f"{base}/chat") as client:
+            assert await client.recv_json() == [1, "starting"]
+        mine, other = (server.namespaces["/chat"].hooks.service for server in (first, second))
+        assert (mine.server, mine.addresses.server) == (first, first)
+        assert (other.server, other.addresses.server) == (second, second)
+
+
+@every_hosting
 async def test_components_start_before_the_first_client_and_stop_after_the_last_on_close(hosting):
     diary = Diary()
     Database = diary.component("Database")

@@ -7,17 +7,17 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from ..broker import BulkOperation, BulkResult, Ulak
 from ..errors import ServerStateError, TransportError, UlakError, UlakErrorCode
 from ..hosting import LoopDoor, LoopThread
-from ..messages import Message
-from ..namespace import normalize_path, room_names
 from ..transports import RedisTransport
+from ..ulak.broker import BulkOperation, BulkResult, Ulak
+from ..websocket.messages import Message
+from ..websocket.namespace import normalize_path, room_names
 from .cluster import Cluster
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
     from ..transports import Transport
+    from ..websocket.namespace import Namespace
 
 R = TypeVar("R")
 

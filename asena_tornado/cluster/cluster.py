@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_core import to_json
 
 from ..errors import RoomNameError, TransportError, must_propagate
-from ..messages import Message, valid_close_code
 from ..transports import Transport
+from ..websocket.messages import Message, valid_close_code
+from ..websocket.namespace import Namespace, NamespaceObserver
 from .envelope import (
     VERSION,
     Envelope,
@@ -40,8 +41,7 @@ from .numbering import LATE, UNWANTED, Incoming, Numbers, Outgoing
 from .remote import Listing, Remote
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..sockets import Socket
+    from ..websocket.sockets import Socket
 
 log = logging.getLogger("asena_tornado")
 
@@ -88,6 +88,7 @@ class Cluster:
         self._serves = serves
         self._name = f"{platform.node()}:{os.getpid()}"[-_NAME:]
         self._namespaces: Mapping[str, Namespace] = {}
+        self._interests: dict[str, _Interest] = {}  # by namespace
         self._members = Membership()
         self._remote = Remote(self, describe)
         self._outgoing = Outgoing(self._mark, self._cannot_account)
@@ -126,14 +127,19 @@ class Cluster:
     def serve(self, namespaces: Mapping[str, Namespace]) -> None:
         """Connect these namespaces, and no others any more, with those of the same path on other nodes."""
         for path, namespace in self._namespaces.items():
-            if path not in namespaces:
+            if namespaces.get(path) is not namespace:
                 namespace.link = None
+                namespace.unobserve(self._interests.pop(path))
+            if path not in namespaces:
                 for room in namespace.index.names:
                     self._unsubscribe(channel_of(path, room))
                 self._unsubscribe(path)
         self._namespaces = self._remote.namespaces = namespaces
         for path, namespace in namespaces.items():
             namespace.link = self
+            if path not in self._interests:
+                self._interests[path] = _Interest(self, path)
+                namespace.observe(self._interests[path])
             self._subscribe(path)
             for room in namespace.index.names:
                 self._subscribe(channel_of(path, room))
@@ -211,14 +217,6 @@ class Cluster:
                 taken = False
         return taken
 
-    def join(self, path: str, room: str) -> None:
-        """The room has its first local member."""
-        self._subscribe(channel_of(path, room))
-
-    def leave(self, path: str, room: str) -> None:
-        """The room has no local member any more."""
-        self._unsubscribe(channel_of(path, room))
-
     @staticmethod
     def check(room: str) -> None:
         """Raise `RoomNameError` for what cannot name a channel."""
@@ -227,6 +225,14 @@ class Cluster:
                 room.encode()
             except UnicodeEncodeError as error:
                 raise RoomNameError(f"a room shared between nodes needs a name in Unicode: {error}") from None
+
+    def subscribe(self, path: str, room: str) -> None:
+        """The room has its first local member."""
+        self._subscribe(channel_of(path, room))
+
+    def unsubscribe(self, path: str, room: str) -> None:
+        """The room has no local member any more."""
+        self._unsubscribe(channel_of(path, room))
 
     def _subscribe(self, channel: str) -> None:
         self._incoming.subscribe(channel, monotonic() + HEARTBEAT)
@@ -585,6 +591,24 @@ class Cluster:
         state = "ready" if reason is None else f"not ready ({reason})"
         others = len(self._members)
         return f"<Cluster {state}: this node and {others} other{'' if others == 1 else 's'}, by {self.transport!r}>"
+
+
+class _Interest(NamespaceObserver):
+    """Keeps the node subscribed to those rooms of one namespace that have members here."""
+
+    def __init__(self, cluster: Cluster, path: str) -> None:
+        self._cluster = cluster
+        self._path = path
+
+    def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
+        """Subscribe with the first member."""
+        if first:
+            self._cluster.subscribe(self._path, room)
+
+    def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
+        """Unsubscribe with the last."""
+        if last:
+            self._cluster.unsubscribe(self._path, room)
 
 
 def _node_channel(node: bytes) -> str:

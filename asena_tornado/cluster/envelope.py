@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from ..messages import BINARY, Message
+from ..websocket.messages import BINARY, Message
 
 VERSION = 2  # of the format that is written here
 _READABLE_FROM = 2  # the oldest release that can read it; higher than before only when an old one would misread it

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pydantic_core import from_json, to_json
 
 from ..errors import RoomLimitError, RoomNameError, TransportError
-from ..messages import valid_close_code
+from ..websocket.messages import valid_close_code
 from .envelope import EnvelopeError, Operation, Reply, Request, message_of
 from .nodes import Count
 
 if TYPE_CHECKING:
-    from ..namespace import Namespace
-    from ..sockets import Socket
+    from ..websocket.namespace import Namespace
+    from ..websocket.sockets import Socket
 
 _LOCATED = 10_000  # sockets of other nodes
 _LISTING = 1024 * 1024  # bytes of the descriptions of sockets in one reply

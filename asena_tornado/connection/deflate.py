@@ -9,7 +9,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..messages import Message, frame
+from ..websocket.messages import Message, frame
 from .frames import ProtocolError
 
 _TAIL = b"\x00\x00\xff\xff"

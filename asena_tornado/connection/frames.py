@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Protocol
 
-from ..messages import BINARY, TEXT, valid_close_code
+from ..websocket.messages import BINARY, TEXT, valid_close_code
 
 CONTINUATION = 0x0
 CLOSE = 0x8
@@ -53,10 +53,15 @@ class Inflater(Protocol):
         ...
 
 
-class Receiver(Protocol):
-    """What gets the messages that a parser has read."""
+class Messages(Protocol):
+    """Who takes the messages."""
 
     def message_received(self, data: str | bytes) -> None: ...
+
+
+class Controls(Protocol):
+    """Who is told of control frames."""
+
     def ping_received(self, payload: bytes) -> None: ...
     def pong_received(self, payload: bytes) -> None: ...
     def close_received(self, code: int, reason: str) -> None: ...
@@ -70,33 +75,37 @@ class FrameParser:
     """
 
     __slots__ = (
+        "_allowance",
         "_compressed",
+        "_controls",
         "_discarding",
         "_frame_end",
+        "_held",
         "_inflater",
         "_inflating",
         "_left",
         "_mask",
         "_max_size",
+        "_messages",
         "_opcode",
         "_parts",
-        "_receiver",
         "_rest",
         "_size",
         "_text",
-        "allowance",
         "closed",
-        "held",
     )
 
-    def __init__(self, receiver: Receiver, *, max_message_size: int, inflater: Inflater | None = None) -> None:
-        self._receiver = receiver
+    def __init__(
+        self, messages: Messages, controls: Controls, *, max_message_size: int, inflater: Inflater | None = None
+    ) -> None:
+        self._messages = messages
+        self._controls = controls
         self._max_size = max_message_size
         self._inflater = inflater
         self._rest = b""  # an incomplete header or control frame, or everything since it was held
-        self.held = False  # data frames stay unparsed; control frames in front of them are still answered
+        self._held = False  # data frames stay unparsed; control frames in front of them are still answered
         self.closed = False  # a close frame came; whatever follows it is ignored (RFC 6455 §1.4)
-        self.allowance = sys.maxsize  # bytes that may be inflated; a message that takes more waits for `inflate`
+        self._allowance = sys.maxsize  # bytes that may be inflated; a message that takes more waits for `inflate`
         self._inflating: Generator[int, None, bytes] | None = None
         self._discarding = False
         # The message being assembled, or inflated: its opcode (0: none) and its pieces.
@@ -113,7 +122,7 @@ class FrameParser:
     @property
     def waiting(self) -> bool:
         """Whether a data frame is held back, or what came behind a message that is being inflated."""
-        return self._inflating is not None or (self.held and bool(self._rest))
+        return self._inflating is not None or (self._held and bool(self._rest))
 
     @property
     def inflating(self) -> bool:
@@ -125,15 +134,23 @@ class FrameParser:
         """Bytes that are kept here: of an unfinished message, and of what is not parsed yet."""
         return self._size + len(self._rest)
 
-    def release(self) -> None:
-        """Stop holding, and parse what was held back."""
-        self.held = False
-        self.go_on()
+    def hold(self) -> None:
+        """Leave data frames unparsed from here on."""
+        self._held = True
+
+    def release(self, allowance: int = sys.maxsize) -> None:
+        """Hold nothing back any more: `go_on` parses it. ``allowance``: see `feed`."""
+        self._held = False
+        self._allowance = allowance
 
     def go_on(self) -> None:
-        """Parse what came behind a message that is inflated now."""
+        """Parse what was held back, or came behind a message that is inflated now."""
         if self._rest:
-            self.feed(b"")
+            self.feed(b"", self._allowance)
+
+    def end(self) -> None:
+        """Ignore whatever follows."""
+        self.closed = True
 
     def discard(self) -> None:
         """Nobody wants messages any more: inflate none. The close frame behind them still comes."""
@@ -142,15 +159,19 @@ class FrameParser:
             self._inflating = None
             self._opcode = 0
 
-    def feed(self, data: bytes) -> None:
-        """Parse the next bytes of the stream. Raises `ProtocolError`; the parser is of no use afterwards."""
+    def feed(self, data: bytes, allowance: int = sys.maxsize) -> None:
+        """Parse the next bytes of the stream. Raises `ProtocolError`; the parser is of no use afterwards.
+
+        ``allowance``: bytes that may be inflated at once; a message that takes more waits for `inflate`.
+        """
+        self._allowance = allowance
         if self._rest:
             data = self._rest + data
             self._rest = b""
         if self._inflating is not None:
             self._rest = data
             return
-        receiver = self._receiver
+        messages = self._messages
         end = len(data)
         pos = 0
         if self._left:
@@ -166,7 +187,7 @@ class FrameParser:
             opcode = first & 0x0F
             if second < 0x80:
                 raise ProtocolError(1002, "client frames must be masked")
-            if opcode < CLOSE and self.held:
+            if opcode < CLOSE and self._held:
                 break
             length = second & 0x7F
             head = pos + 2
@@ -211,11 +232,11 @@ class FrameParser:
                 payload = unmask(data[head:body], data[body:stop])
                 if opcode == TEXT:
                     try:
-                        receiver.message_received(payload.decode())
+                        messages.message_received(payload.decode())
                     except UnicodeDecodeError as error:
                         raise ProtocolError(1007, "text is not UTF-8") from error
                 else:
-                    receiver.message_received(payload)
+                    messages.message_received(payload)
         if pos < end and not self.closed:
             self._rest = data[pos:] if pos else data
 
@@ -243,13 +264,13 @@ class FrameParser:
 
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING:
-            self._receiver.ping_received(payload)
+            self._controls.ping_received(payload)
         elif opcode == PONG:
-            self._receiver.pong_received(payload)
+            self._controls.pong_received(payload)
         else:
             code, reason = _parse_close(payload)
             self.closed = True
-            self._receiver.close_received(code, reason)
+            self._controls.close_received(code, reason)
 
     def _start_frame(self, first: int, opcode: int, length: int, mask: bytes) -> None:
         if opcode:
@@ -306,20 +327,26 @@ class FrameParser:
         else:
             assert self._inflater is not None
             self._inflating = self._inflater.inflating(payload, self._max_size)
-            self.inflate()
+            self._inflate()
 
-    def inflate(self) -> None:
-        """Go on with the message that is being inflated, as far as ``allowance`` goes."""
+    def inflate(self, allowance: int) -> int:
+        """Go on with the message that is being inflated; what is left of the allowance."""
+        self._allowance = allowance
+        self._inflate()
+        left, self._allowance = self._allowance, 0
+        return left
+
+    def _inflate(self) -> None:
         steps = self._inflating
         if steps is None:
             return
         try:
-            while self.allowance > 0:
-                self.allowance -= next(steps)
+            while self._allowance > 0:
+                self._allowance -= next(steps)
         except StopIteration as done:
             self._inflating = None
             # The last step yields nothing; it is all that most messages take.
-            self.allowance -= min(len(done.value), _LAST_STEP)
+            self._allowance -= min(len(done.value), _LAST_STEP)
             self._deliver(done.value)
         except ProtocolError:
             self._inflating = None
@@ -330,11 +357,11 @@ class FrameParser:
         self._opcode = 0
         if text:
             try:
-                self._receiver.message_received(payload.decode())
+                self._messages.message_received(payload.decode())
             except UnicodeDecodeError as error:
                 raise ProtocolError(1007, "text is not UTF-8") from error
         else:
-            self._receiver.message_received(payload)
+            self._messages.message_received(payload)
 
 
 def _parse_close(payload: bytes) -> tuple[int, str]:

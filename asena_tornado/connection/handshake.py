@@ -25,15 +25,15 @@ from tornado.httputil import (
 )
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.netutil import ssl_wrap_socket
-from tornado.websocket import WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
+from tornado.websocket import WebSocketHandler, WebSocketProtocol13
 
 from ..errors import must_propagate
 from ..hosting import Acceptor, beside, hold, random_bytes
-from ..http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
-from ..messages import encode, validation_errors
-from ..namespace import Namespace
-from ..options import WebSocketOptions
-from ..sockets import Socket, SocketData
+from ..web.http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, parse_query
+from ..websocket.messages import validation_errors
+from ..websocket.namespace import Namespace
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import Socket, SocketData
 from .channel import Channel, SocketChannel, StreamChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
@@ -97,7 +97,7 @@ class Handshake:
         context = Context(self._request, query=self._query)
         try:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
-                response = await endpoint.middleware.run(context, _admit)
+                response = await endpoint.middleware.run(context, _admit, endpoint.namespace.door)
         except TimeoutError:
             why = "the server is stopping or restarting" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None
@@ -141,8 +141,8 @@ class Handshake:
         data = SocketData(str(UUID(bytes=random_bytes(16), version=4)), namespace.path, self._query, values)
         self._client = Socket(namespace, data, str(self._request.remote_ip))
 
-    def upgrade(self, stream: IOStream) -> Connection | None:
-        """Answer 101 and let a `Connection` take the stream over; None if the client is gone."""
+    def upgrade(self, stream: IOStream) -> None:
+        """Answer 101 and let a `Connection` take the stream over, unless the client is gone."""
         endpoint, options, client = self._endpoint, self._endpoint.options, self._client
         assert client is not None
         agreed = self._negotiate()
@@ -150,7 +150,7 @@ class Handshake:
             channel, received = _take_over(stream, endpoint.loop, self._answer(agreed), endpoint.outbox.ledger)
         except (StreamClosedError, OSError):
             stream.close()
-            return None
+            return
         deflate = None
         if agreed is not None:
             deflate = Deflate(
@@ -171,7 +171,6 @@ class Handshake:
             deflate=deflate,
         )
         connection.start(received)
-        return connection
 
     def _check_request(self) -> str:
         """The client's key, if the request is a WebSocket handshake to the letter (RFC 6455 §4.2.1)."""
@@ -493,62 +492,13 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
                 _refused(endpoint, self.request, answered.response)
             self.respond(answered.response)
             return
-        await Upgrade(self, handshake).accept_connection(self)
+        handshake.upgrade(self.detach())
 
     def allowed(self) -> str:
         return "GET"
 
     def check_xsrf_cookie(self) -> None:
         """A handshake is protected by its origin check."""
-
-
-class Upgrade(WebSocketProtocol):
-    """Tornado's seam for a protocol of one's own: hands the connection over to `Connection`."""
-
-    def __init__(self, handler: HandshakeHandler, handshake: Handshake) -> None:
-        super().__init__(handler)
-        self._handshake = handshake
-        self._connection: Connection | None = None
-
-    async def accept_connection(self, handler: WebSocketHandler) -> None:
-        """Upgrade. Returns as soon as the connection stands on its own."""
-        self._connection = self._handshake.upgrade(handler.detach())
-
-    # What Tornado's own handler would use; ours is gone by then, but the seam asks for it.
-
-    @property
-    def selected_subprotocol(self) -> str | None:
-        return None
-
-    def is_closing(self) -> bool:
-        return self._connection is None or self._connection.state != 1
-
-    def close(self, code: int | None = None, reason: str | None = None) -> None:
-        if self._connection is not None:
-            self._connection.close(code or 1000, reason or "")
-
-    def write_message(self, message: Any, binary: bool = False) -> asyncio.Future[None]:
-        if self._connection is not None:
-            self._connection.send(encode(message))
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-    def write_ping(self, data: bytes) -> None:
-        if self._connection is not None:
-            self._connection.ping(data)
-
-    def set_nodelay(self, x: bool) -> None:
-        """Always on: what is to be gathered is gathered by the outbox."""
-
-    def start_pinging(self) -> None:
-        """Done by `Keepalive`."""
-
-    def _process_server_headers(self, key: Any, headers: Any) -> None:
-        raise NotImplementedError("the client's side is in asena_tornado.client")
-
-    async def _receive_frame_loop(self) -> None:
-        """Done by the channel."""
 
 
 def _take_over(
@@ -585,4 +535,4 @@ def websocket_routes(
     return (re.escape(path), HandshakeHandler, {"endpoint": endpoint, "hosts": hosts})
 
 
-__all__ = ["Endpoint", "Front", "FrontServer", "HandshakeHandler", "Refusal", "Upgrade", "websocket_routes"]
+__all__ = ["Endpoint", "Front", "FrontServer", "HandshakeHandler", "Refusal", "websocket_routes"]

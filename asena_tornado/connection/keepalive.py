@@ -5,14 +5,58 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ..sockets import ReadyState
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import ReadyState
+from .channel import Channel
+from .ledger import Ledger
 
-if TYPE_CHECKING:
-    from ..options import WebSocketOptions
-    from .connection import Connection
-    from .ledger import Ledger
+
+class Watched(Protocol):
+    """A connection, as far as its time limits are concerned. Times are the loop's."""
+
+    state: ReadyState
+    channel: Channel
+    heard_at: float
+    pinged_at: float
+    ping_sent_at: float | None
+
+    @property
+    def message_at(self) -> float:
+        """When the last message came."""
+        ...
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is we who do not read."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait because of this client, both ways."""
+        ...
+
+    @property
+    def unhandled_bytes(self) -> int:
+        """Bytes received, and not handed to a handler yet."""
+        ...
+
+    def ping(self) -> None:
+        """Send a ping that measures the round trip."""
+        ...
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the close handshake."""
+        ...
+
+    def peer_gone(self) -> None:
+        """The client has sent its last byte."""
+        ...
+
+    def shed(self) -> None:
+        """The server has too much that waits: go."""
+        ...
 
 
 class Keepalive:
@@ -22,13 +66,13 @@ class Keepalive:
         self._loop = loop
         self._ledger = ledger
         self._options = options
-        self._connections: dict[Connection, None] = {}
+        self._connections: dict[Watched, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         limits = [s for s in (options.ping_interval, options.ping_timeout, options.idle_timeout) if s]
         self._period = max(0.02, min([1.0, *(s / 4 for s in limits)]))
         self.now = loop.time()  # a coarse clock, so that reading a message need not ask for the time
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Watched) -> None:
         """Watch the connection until it is discarded."""
         self._connections[connection] = None
         if self._timer is None:
@@ -36,10 +80,10 @@ class Keepalive:
             self._timer = self._loop.call_later(self._period, self._sweep)
             self._ledger.watch(self, self._holders, 0)
 
-    def _holders(self) -> tuple[Connection, ...]:
+    def _holders(self) -> tuple[Watched, ...]:
         return tuple(self._connections)
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: Watched) -> None:
         """Watch it no longer; the timer ends with the last one."""
         self._connections.pop(connection, None)
         if not self._connections and self._timer is not None:
@@ -52,7 +96,7 @@ class Keepalive:
         # Silence is counted up to the previous sweep: input that a busy loop has not read yet is not silence.
         seen, self.now = self.now, self._loop.time()
         inbound = 0
-        unread: list[Connection] = []
+        unread: list[Watched] = []
         for connection in tuple(self._connections):
             inbound += connection.unhandled_bytes
             if connection.paused:
@@ -83,7 +127,7 @@ class Keepalive:
 _END = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0)
 
 
-def _ended(connections: Sequence[Connection]) -> list[Connection]:
+def _ended(connections: Sequence[Watched]) -> list[Watched]:
     """The connections whose clients are gone, although we do not read."""
     if not connections or not _END:
         return []

@@ -11,17 +11,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ..messages import Message
-
-if TYPE_CHECKING:
-    from ..sockets import Socket
-    from .connection import Connection
-    from .ledger import Ledger
+from ..websocket.messages import Message
+from ..websocket.sockets import Socket
+from .channel import Channel
+from .deflate import Deflate
+from .ledger import Ledger
 
 # Past this many gathered bytes waiting for the next turn only costs memory.
 _FLUSH_AT = 256 * 1024
+
+
+class Debtor(Protocol):
+    """A connection, as far as the outbox is concerned."""
+
+    socket: Socket
+    channel: Channel
+    deflate: Deflate | None
+    owed: list[bytes] | None
+    owed_counts: list[int]
+    owed_size: int
+    messages_out: int
+    bytes_out: int
+
+    def write(self, data: bytes, count: int) -> bool:
+        """Hand joined frames (``count`` messages) to the channel; whether all fitted."""
+        ...
+
+    def write_owed(self) -> None:
+        """Hand over what was gathered."""
+        ...
 
 
 class Batch:
@@ -36,7 +56,7 @@ class Batch:
         self.size = 0
 
     def share(
-        self, connection: Connection, skipped: list[int] | None, made: dict[object, tuple[bytes, list[int]]]
+        self, connection: Debtor, skipped: list[int] | None, made: dict[object, tuple[bytes, list[int]]]
     ) -> bytes:
         """The bytes one member is owed. ``made`` keeps what others can share, by their encoding."""
         deflate = connection.deflate
@@ -76,7 +96,7 @@ class Outbox:
         self._loop = loop
         self.ledger = ledger
         self._open: Batch | None = None
-        self._dirty: list[Connection] = []
+        self._dirty: list[Debtor] = []
         self._scheduled = False
 
     def publish(
@@ -101,10 +121,10 @@ class Outbox:
             self._scheduled = True
             self._loop.call_soon(self._tick)
 
-    def send(self, connection: Connection, frame: bytes, count: int = 1) -> None:
+    def send(self, connection: Debtor, frame: bytes, count: int = 1) -> None:
         """Owe the frame to one connection; ``count`` is 0 for a control frame."""
         if self._open is not None:
-            self.settle(connection)
+            self.settle(connection.socket)
         self._owe(connection, frame, count)
         if connection.owed_size >= _FLUSH_AT:
             self.flush()
@@ -112,10 +132,10 @@ class Outbox:
             self._scheduled = True
             self._loop.call_soon(self._tick)
 
-    def settle(self, connection: Connection) -> None:
-        """Fix what the connection is owed so far."""
+    def settle(self, socket: Socket) -> None:
+        """Fix what the socket's connection is owed so far."""
         batch = self._open
-        if batch is not None and connection.socket in batch.members:
+        if batch is not None and socket in batch.members:
             self._open = None
             self._deal(batch)
 
@@ -126,7 +146,7 @@ class Outbox:
             self._open = None
             self._deal(batch)
 
-    def owed(self, connection: Connection) -> int:
+    def owed(self, connection: Debtor) -> int:
         """Bytes gathered for the connection and not handed to its channel yet."""
         batch = self._open
         if batch is None or connection.socket not in batch.members:
@@ -134,7 +154,7 @@ class Outbox:
         skipped = batch.excluded.get(connection.socket, ())
         return connection.owed_size + batch.size - sum(len(batch.messages[i].frame) for i in skipped)
 
-    def _owe(self, connection: Connection, data: bytes, count: int) -> None:
+    def _owe(self, connection: Debtor, data: bytes, count: int) -> None:
         if connection.owed is None:
             self._dirty.append(connection)
             connection.owed, connection.owed_counts = [data], [count]
@@ -149,7 +169,7 @@ class Outbox:
         excluded = batch.excluded
         plain: bytes | None = None
         for socket in batch.members:
-            connection = socket._connection
+            connection: Debtor = socket._connection  # type: ignore[assignment]  # a `Connection` is more than a `Wire`
             if excluded and socket in excluded:
                 skipped = excluded[socket]
                 if len(skipped) < count:
@@ -183,7 +203,7 @@ class Outbox:
         plain: bytes | None = None
         size = batch.size
         for socket in batch.members:
-            connection = socket._connection
+            connection: Debtor = socket._connection  # type: ignore[assignment]  # a `Connection` is more than a `Wire`
             if excluded and socket in excluded:
                 skipped = excluded[socket]
                 if len(skipped) < count:
@@ -210,7 +230,7 @@ class Outbox:
             connection.messages_out += count
             connection.bytes_out += size
 
-    def _write(self, connection: Connection, data: bytes, count: int) -> None:
+    def _write(self, connection: Debtor, data: bytes, count: int) -> None:
         if connection.owed is not None:
             # It is already owed something that comes first; it is written with the others.
             self._owe(connection, data, count)

@@ -1,7 +1,7 @@
 """Where a server's loop lives, what it listens on, and how it is reached."""
 
 from .held import hold, random_bytes
-from .kernel import in_cell, pass_interrupt_on, show_in_cells, waking
+from .kernel import cells, in_cell, pass_interrupt_on, show_in_cells, waking
 from .listen import Acceptor, listen
 from .loops import (
     LoopDoor,
@@ -24,6 +24,7 @@ __all__ = [
     "LoopThread",
     "Reach",
     "beside",
+    "cells",
     "hold",
     "in_cell",
     "in_empty_context",

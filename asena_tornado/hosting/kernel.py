@@ -1,4 +1,4 @@
-"""What is known of ipykernel: whether a cell is the caller, how an interrupt is heard, which nesting loses cells."""
+"""All that is known of ipykernel: whether a cell runs or is the caller, how it hears an interrupt, what loses cells."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 _WAKE_EVERY = 0.2  # seconds
 _LINES, _LINES_PER = 5, 10.0  # that many lines in so many seconds
@@ -25,6 +26,43 @@ def in_cell() -> bool:
         and kernel.IPKernelApp.initialized()
         and threading.current_thread() is threading.main_thread()
     )
+
+
+class Cells:
+    """Whether the kernel runs a cell; once somebody has asked to `watch` them."""
+
+    def __init__(self) -> None:
+        self._running = threading.Event()
+        self._watching = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether none runs, as far as is known."""
+        return not self._running.is_set()
+
+    def watch(self) -> bool:
+        """From now on, know. Called by a cell; False where there is no kernel, which means no front end either."""
+        ipython = sys.modules.get("IPython")
+        shell: Any = ipython.get_ipython() if ipython is not None else None
+        if getattr(shell, "kernel", None) is None:
+            return False
+        if not self._watching:
+            self._watching = True
+            shell.events.register("pre_run_cell", self.began)
+            shell.events.register("post_run_cell", self.ended)
+            self.began()
+        return True
+
+    def began(self, *_: object) -> None:
+        """A cell runs."""
+        self._running.set()
+
+    def ended(self, *_: object) -> None:
+        """No cell runs any more."""
+        self._running.clear()
+
+
+cells = Cells()
 
 
 class CellHandler(logging.Handler):

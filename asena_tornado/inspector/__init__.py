@@ -3,8 +3,10 @@
 from .inspector import Inspector
 from .nodes import ClusterInspector, Nodes, NodeSocket
 from .page import page_routes
-from .snapshots import Events, Namespaces, NamespaceSnapshot, Receipt, Rooms, Sockets, SocketSnapshot
-from .view import Desk, View
+from .receipts import Receipt
+from .snapshots import Events, Namespaces, NamespaceSnapshot, Rooms, Sockets, SocketSnapshot
+from .subject import Desk, Subject
+from .view import View
 from .widget import LiveView
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Rooms",
     "SocketSnapshot",
     "Sockets",
+    "Subject",
     "View",
     "page_routes",
 ]

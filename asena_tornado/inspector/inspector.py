@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from ..errors import NamespaceNotFoundError, ServerStateError
-from ..events import Event, HandlerError, Tap
-from ..messages import Message, encode
-from ..namespace import Addressed, Exclude, Namespace, normalize_path
-from ..rooms import check_room
-from ..sockets import Socket
+from ..errors import ServerStateError
+from ..ulak.broker import Ulak
+from ..websocket.events import Event, HandlerError, Tap
+from ..websocket.messages import Message, encode
+from ..websocket.namespace import Addressed, Exclude, Namespace
+from ..websocket.rooms import check_room
+from ..websocket.sockets import Socket
 from . import markup
 from .nodes import ClusterInspector
+from .receipts import Receipt, disconnecting, joined, left, sent_to
 from .snapshots import (
     Events,
     Namespaces,
     NamespaceSnapshot,
-    Receipt,
     Rooms,
     Sockets,
     SocketSnapshot,
     count,
-    full_id,
     shown,
     table_of,
 )
+from .subject import Subject
 from .widget import LiveView
-
-if TYPE_CHECKING:
-    from ..broker import Ulak
-    from ..server import AsenaServer
 
 R = TypeVar("R")
 
-_PATIENCE = 5.0  # seconds that a look or an action waits for the server's loop
 _GLANCE = 1.0  # seconds that a display waits before it shows what can be seen without the loop
 _WATCH = 60.0  # seconds that messages are recorded after somebody asked for events
 _SHOWN = 20
@@ -54,37 +50,36 @@ class Inspector:
     seconds it raises ``TimeoutError``. All of them raise `ServerStateError` when the server does not run.
     """
 
-    def __init__(self, server: AsenaServer, *, namespace: str | None = None) -> None:
-        self._server = server
-        self._path = namespace
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
 
     def __getitem__(self, namespace: str) -> Inspector:
-        path = normalize_path(namespace)
-        self._chosen(path)
-        return Inspector(self._server, namespace=path)
+        return Inspector(self._subject.narrowed(namespace))
 
     # -- looking
 
     @property
     def namespaces(self) -> Namespaces:
         """The namespaces by their paths: a `NamespaceSnapshot` each."""
-        return self._ask(lambda: Namespaces({n.path: NamespaceSnapshot.of(n) for n in self._scope()}))
+        return self._subject.ask(lambda: Namespaces({n.path: NamespaceSnapshot.of(n) for n in self._subject.scope()}))
 
     @property
     def sockets(self) -> Sockets:
         """The sockets by their ids, a `SocketSnapshot` each; the beginning of an id is enough. Has ``.to_pandas()``."""
-        return self._ask(
-            lambda: Sockets((SocketSnapshot.of(s) for n in self._scope() for s in n.sockets.values()), self._where)
+        return self._subject.ask(
+            lambda: Sockets(
+                (SocketSnapshot.of(s) for n in self._subject.scope() for s in n.sockets.values()), self._subject.where
+            )
         )
 
     @property
     def rooms(self) -> Rooms:
         """The rooms by their names, each with the `Sockets` in it. Has ``.to_pandas()``."""
-        return self._ask(self._rooms)
+        return self._subject.ask(self._rooms)
 
     def _rooms(self) -> Rooms:
         found = []
-        for namespace in self._scope():
+        for namespace in self._subject.scope():
             seen: dict[Socket[Any], SocketSnapshot] = {}
             for room, members in namespace.rooms.items():
                 found.append(
@@ -98,12 +93,12 @@ class Inspector:
 
         ``print(inspector.errors[-1])`` shows the last traceback.
         """
-        return self._ask(lambda: sorted(each for n in self._scope() for each in n.events.failures))
+        return self._subject.ask(lambda: sorted(each for n in self._subject.scope() for each in n.events.failures))
 
     @property
     def cluster(self) -> ClusterInspector:
         """The same for all nodes together; its calls are awaited. For a server with a transport."""
-        return ClusterInspector(self._server, self._path)
+        return ClusterInspector(self._subject)
 
     def events(
         self, n: int = 50, *, namespace: str | None = None, room: str | None = None, socket: str | None = None
@@ -124,12 +119,12 @@ class Inspector:
 
         def look() -> Events:
             found: list[Event] = []
-            for each in self._some(namespace):
+            for each in self._subject.some(namespace):
                 each.events.watch(_WATCH)
                 found += each.events.latest(n, wanted)
             return Events(sorted(found)[-n:] if n > 0 else ())
 
-        return self._ask(look)
+        return self._subject.ask(look)
 
     def tap(
         self,
@@ -151,13 +146,13 @@ class Inspector:
                 them.
         """
         tap = Tap(_filter(room, socket), limit=limit)
-        self._ask(lambda: tap.follow(each.events for each in self._some(namespace)))
+        self._subject.ask(lambda: tap.follow(each.events for each in self._subject.some(namespace)))
         return tap
 
     @property
     def ulak(self) -> Ulak:
         """The server's `Ulak`, which sends to any of its namespaces by path."""
-        return self._server.ulak
+        return self._subject.server.ulak
 
     # -- acting
 
@@ -200,12 +195,22 @@ class Inspector:
         message = encode(data)
 
         def publish() -> Receipt:
-            namespace = self._one(path)
-            return _receipt(
-                namespace, lambda: namespace.publish(rooms, message, exclude=exclude), f"{where}{namespace.path}"
-            )
+            namespace = self._subject.one(path)
+            number, dropped = _at_once(namespace, lambda: namespace.publish(rooms, message, exclude=exclude))
+            elsewhere = ""
+            if isinstance(number, Addressed):
+                carried = number.carried
+                elsewhere = (
+                    ", and to the other nodes" if carried else ", but not to other nodes, which cannot be reached"
+                )
+            number -= dropped
+            if number == 0 and not dropped and not elsewhere:
+                return Receipt(0, f"sent to nobody: there are no sockets in {where}{namespace.path}")
+            slow = f"; {count(dropped, 'socket')} too slow to take it" if dropped else ""
+            sentence = f"sent to {count(number, 'socket')} in {where}{namespace.path}{elsewhere}{slow}"
+            return Receipt(number, sentence, dropped)
 
-        return self._ask(publish)
+        return self._subject.ask(publish)
 
     def send(self, id: str | SocketSnapshot, data: object) -> Receipt:
         """Send to one socket.
@@ -220,15 +225,11 @@ class Inspector:
         message: Message = encode(data)
 
         def send() -> Receipt:
-            socket = self._socket(id)
-            return _receipt(
-                socket._namespace,
-                lambda: int(socket.send(message)),
-                f"{socket.id[:8]} in {socket.namespace}",
-                addressed=1,
-            )
+            namespace, socket = self._subject.socket(id)
+            taken, _ = _at_once(namespace, lambda: socket.send(message))
+            return sent_to(f"{socket.id[:8]} in {namespace.path}", taken)
 
-        return self._ask(send)
+        return self._subject.ask(send)
 
     def join(self, id: str | SocketSnapshot, room: str) -> Receipt:
         """Put a socket into a room.
@@ -243,14 +244,12 @@ class Inspector:
         check_room(room)
 
         def join() -> Receipt:
-            socket = self._socket(id)
-            if socket.is_subscribed(room):
-                return Receipt(0, f"{socket.id[:8]} was in {room!r} already")
+            namespace, socket = self._subject.socket(id)
+            new = not socket.is_subscribed(room)
             socket.subscribe(room)
-            members = len(socket._namespace.index.members(room))
-            return Receipt(1, f"{socket.id[:8]} joined {room!r}, which has {count(members, 'socket')} now")
+            return joined(socket.id[:8], room, new, count(len(namespace.index.members(room)), "socket"))
 
-        return self._ask(join)
+        return self._subject.ask(join)
 
     def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
         """Take a socket out of a room.
@@ -265,14 +264,12 @@ class Inspector:
         check_room(room)
 
         def leave() -> Receipt:
-            socket = self._socket(id)
-            if not socket.is_subscribed(room):
-                return Receipt(0, f"{socket.id[:8]} was not in {room!r}")
+            namespace, socket = self._subject.socket(id)
+            member = socket.is_subscribed(room)
             socket.unsubscribe(room)
-            members = len(socket._namespace.index.members(room))
-            return Receipt(1, f"{socket.id[:8]} left {room!r}, which has {count(members, 'socket')} now")
+            return left(socket.id[:8], room, member, count(len(namespace.index.members(room)), "socket"))
 
-        return self._ask(leave)
+        return self._subject.ask(leave)
 
     def disconnect(self, id: str | SocketSnapshot, code: int = 1000, reason: str = "") -> Receipt:
         """Close a socket.
@@ -287,58 +284,11 @@ class Inspector:
         """
 
         def disconnect() -> Receipt:
-            socket = self._socket(id)
+            _, socket = self._subject.socket(id)
             socket.close(code, reason)
-            return Receipt(1, f"{socket.id[:8]} is being closed with {code}{f': {reason}' if reason else ''}")
+            return disconnecting(socket.id[:8], code, reason)
 
-        return self._ask(disconnect)
-
-    # -- finding
-
-    def _ask(self, work: Callable[[], R], *, timeout: float = _PATIENCE) -> R:
-        """Do it on the server's loop, and wait."""
-        door = self._server._open_door()
-        return work() if door.inside() else door.call(work, timeout=timeout)
-
-    @property
-    def _where(self) -> str:
-        return self._path or "the server"
-
-    def _mounted(self) -> Mapping[str, Namespace]:
-        return self._server._site.namespaces
-
-    def _chosen(self, path: str) -> Namespace:
-        mounted = self._mounted() or self._server.namespaces
-        if path in mounted:
-            return mounted[path]
-        raise NamespaceNotFoundError(f"no namespace {path!r}; the namespaces are: {_names(mounted)}")
-
-    def _scope(self) -> list[Namespace]:
-        return list(self._mounted().values()) if self._path is None else [self._chosen(self._path)]
-
-    def _some(self, path: str | None) -> list[Namespace]:
-        return self._scope() if path is None else [self._one(path)]
-
-    def _one(self, path: str | None) -> Namespace:
-        """The namespace that is meant."""
-        if path is not None:
-            path = normalize_path(path)
-            if self._path not in (None, path):
-                raise NamespaceNotFoundError(f"this inspector is for {self._path!r} only, not for {path!r}")
-            return self._chosen(path)
-        scope = self._scope()
-        if len(scope) != 1:
-            raise NamespaceNotFoundError(
-                f"say which namespace is meant, namespace=…, of {_names(self._mounted())}"
-                if scope
-                else "the server has no namespaces"
-            )
-        return scope[0]
-
-    def _socket(self, id: str | SocketSnapshot) -> Socket[Any]:
-        wanted = id if isinstance(id, str) else id.id
-        found = {s.id: s for n in self._scope() for s in n.sockets.values() if s.id.startswith(wanted)}
-        return found[full_id(wanted, found, self._where)]
+        return self._subject.ask(disconnect)
 
     # -- showing itself
 
@@ -346,17 +296,17 @@ class Inspector:
         return "\n".join(self._summary())
 
     def _summary(self) -> list[str]:
-        name = f"Inspector of {self._path}" if self._path else "Inspector"
+        name = f"Inspector of {self._subject.path}" if self._subject.path else "Inspector"
         try:
-            self._server._open_door()
+            self._subject.door()
         except ServerStateError as error:
             return [f"<{name}: {error}>"]
         # All of this can be read from any thread, and a repr must not wait.
-        scope = self._scope()
+        scope = self._subject.scope()
         sockets, rooms = sum(len(n.sockets) for n in scope), sum(len(n.rooms) for n in scope)
         lines = [f"<{name}: {count(len(scope), 'namespace')}, {count(sockets, 'socket')}, {count(rooms, 'room')}>"]
-        if self._server.cluster is not None:
-            lines.append(f"  {self._server.cluster!r}")
+        if self._subject.server.cluster is not None:
+            lines.append(f"  {self._subject.server.cluster!r}")
         for n in scope[:_SHOWN]:
             sizes = [(room, len(n.index.members(room))) for room in tuple(n.rooms)[:10]]
             listed = ", ".join(f"{shown(room)!r} {size}" for room, size in sizes) + (", …" if len(n.rooms) > 10 else "")
@@ -369,7 +319,7 @@ class Inspector:
         Args:
             read_only: Whether to leave out what acts on sockets.
         """
-        return LiveView(self, read_only=read_only)
+        return LiveView(self, self._subject, read_only=read_only)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
         return self.view()._repr_mimebundle_()
@@ -378,11 +328,11 @@ class Inspector:
         """A static display, escaped and bounded."""
         summary = f"<p><b>{markup.text(self._summary()[0].strip('<>'))}</b></p>"
         try:
-            self._server._open_door()
+            self._subject.door()
         except ServerStateError:
             return markup.box(summary)
         try:
-            parts = self._ask(self._tables, timeout=_GLANCE)
+            parts = self._subject.ask(self._tables, timeout=_GLANCE)
         except TimeoutError as error:
             # Reading is possible from here too; only not at one moment.
             parts = [f"<p>{markup.text(str(error))}</p>", *self._tables()]
@@ -390,7 +340,7 @@ class Inspector:
 
     def _tables(self) -> list[str]:
         parts = []
-        for n in self._scope()[:_SHOWN]:
+        for n in self._subject.scope()[:_SHOWN]:
             rooms = tuple(n.rooms)
             rows = [(shown(room), str(len(n.index.members(room)))) for room in rooms[:_SHOWN]]
             sockets = tuple(n.sockets.values())
@@ -405,27 +355,15 @@ class Inspector:
         return parts
 
 
-def _receipt(namespace: Namespace, send: Callable[[], int], where: str, *, addressed: int | None = None) -> Receipt:
-    """Send now instead of at the turn's end, so that the slow sockets which did not take it are known."""
+def _at_once(namespace: Namespace, send: Callable[[], R]) -> tuple[R, int]:
+    """Send now instead of at the turn's end; what came of it, and how many sockets were too slow to take it."""
     outbox = namespace.outbox
     assert outbox is not None
     outbox.flush()
     before = namespace.dropped
-    number = send()
+    result = send()
     outbox.flush()
-    dropped = namespace.dropped - before
-    elsewhere = ""
-    if isinstance(number, Addressed):
-        elsewhere = (
-            ", and to the other nodes" if number.carried else ", but not to other nodes, which cannot be reached"
-        )
-    number = number - dropped if addressed is None else number
-    if number == 0 and not dropped and not elsewhere:
-        return Receipt(0, f"sent to nobody: there are no sockets in {where}")
-    slow = f"; {count(dropped, 'socket')} too slow to take it" if dropped else ""
-    if addressed == 1:
-        return Receipt(number, f"{'sent' if number else 'not sent'} to {where}{slow}", dropped)
-    return Receipt(number, f"sent to {count(number, 'socket')} in {where}{elsewhere}{slow}", dropped)
+    return result, namespace.dropped - before
 
 
 def _filter(room: str | None, socket: str | None) -> Callable[[Event], bool]:
@@ -435,10 +373,6 @@ def _filter(room: str | None, socket: str | None) -> Callable[[Event], bool]:
         (room is None or room in event.rooms)
         and (socket is None or (event.socket is not None and event.socket.startswith(socket)))
     )
-
-
-def _names(paths: Iterable[str]) -> str:
-    return ", ".join(map(repr, paths)) or "none"
 
 
 __all__ = ["Inspector"]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..cluster import Cluster, Count, Node
 from ..errors import ServerStateError, SocketNotFoundError, TransportError
-from ..messages import encode
-from ..rooms import check_room
+from ..websocket.messages import encode
+from ..websocket.rooms import check_room
 from . import markup
-from .snapshots import Receipt, Rooms, Sockets, SocketSnapshot, count
-
-if TYPE_CHECKING:
-    from ..server import AsenaServer
+from .receipts import Receipt, disconnecting, joined, left, sent_to
+from .snapshots import Rooms, Sockets, SocketSnapshot, count
+from .subject import Subject
 
 R = TypeVar("R")
 
@@ -62,9 +61,9 @@ class ClusterInspector:
     and the result says so; one that has died is gone from `nodes` three seconds later.
     """
 
-    def __init__(self, server: AsenaServer, path: str | None) -> None:
-        self._server = server
-        self._path = path
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._path = subject.path
 
     @property
     def ready(self) -> bool:
@@ -116,24 +115,24 @@ class ClusterInspector:
         """Send to one socket, wherever it is."""
         message = encode(data)
         taken, short = await self._act(id, lambda cluster, whole: cluster.send(self._path, whole, message))
-        return Receipt(1, f"sent to {short}") if taken else Receipt(0, f"{short} is too slow to take it", 1)
+        return sent_to(short, taken)
 
     async def join(self, id: str | SocketSnapshot, room: str) -> Receipt:
         """Put the socket into the room."""
         check_room(room)
         done, short = await self._act(id, lambda cluster, whole: cluster.move(self._path, whole, room, into=True))
-        return Receipt(1, f"{short} joined {room!r}") if done else Receipt(0, f"{short} was in {room!r} already")
+        return joined(short, room, done)
 
     async def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
         """Take the socket out of the room."""
         check_room(room)
         done, short = await self._act(id, lambda cluster, whole: cluster.move(self._path, whole, room, into=False))
-        return Receipt(1, f"{short} left {room!r}") if done else Receipt(0, f"{short} was not in {room!r}")
+        return left(short, room, done)
 
     async def disconnect(self, id: str | SocketSnapshot, code: int = 1000, reason: str = "") -> Receipt:
         """Close the socket; ``code`` and ``reason`` as for `Socket.close`."""
         _, short = await self._act(id, lambda cluster, whole: cluster.disconnect(self._path, whole, code, reason))
-        return Receipt(1, f"{short} is being closed with {code}{f': {reason}' if reason else ''}")
+        return disconnecting(short, code, reason)
 
     async def _act(
         self, id: str | SocketSnapshot, act: Callable[[Cluster, str], Awaitable[bool | None]]
@@ -153,24 +152,24 @@ class ClusterInspector:
 
     async def _ask(self, work: Callable[[Cluster], Awaitable[R]]) -> R:
         cluster = self._cluster
-        return await self._server._open_door().acall(lambda: work(cluster))
+        return await self._subject.door().acall(lambda: work(cluster))
 
     @property
     def _cluster(self) -> Cluster:
-        cluster = self._server.cluster
+        cluster = self._subject.server.cluster
         if cluster is None:
-            self._server._open_door()
+            self._subject.door()
             raise ServerStateError(
                 'this server has no transport: AsenaServer(…, transport=RedisTransport("redis://…"))'
             )
         return cluster
 
     def __repr__(self) -> str:
-        cluster = self._server.cluster
+        cluster = self._subject.server.cluster
         return "<no cluster: the server is alone>" if cluster is None else f"{cluster!r}\n{self.nodes!r}"
 
     def _repr_html_(self) -> str:
-        if self._server.cluster is None:
+        if self._subject.server.cluster is None:
             return markup.box(f"<p>{markup.text(repr(self))}</p>")
         return markup.box(f"<p>{markup.text(repr(self._cluster))}</p>", self.nodes._repr_html_())
 

@@ -7,7 +7,7 @@ import json
 from html import escape
 from typing import Any
 
-from ..http import DiscreetHandler, Hosts, Refusal
+from ..web.http import DiscreetHandler, Hosts, Refusal
 from .view import STATIC, View
 
 _MAX_REQUEST = 1024 * 1024  # bytes

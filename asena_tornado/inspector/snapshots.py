@@ -1,4 +1,4 @@
-"""What the inspector returns: frozen copies of what the server's state was at one moment, and receipts."""
+"""What the inspector returns: frozen copies of what the server's state was at one moment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, NamespaceNotFoundError, SocketNotFoundError
-from ..events import Event
-from ..namespace import Namespace
-from ..sockets import Socket
+from ..websocket.events import Event
+from ..websocket.namespace import Namespace
+from ..websocket.sockets import Socket
 from . import markup
 
 if TYPE_CHECKING:
@@ -259,18 +259,6 @@ class Events(tuple[Event, ...]):
         return markup.box(
             f"<p>{count(len(self), 'event')}</p>", markup.table(("time", "namespace", "socket", ""), rows)
         )
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Receipt:
-    """What came of an action: how many ``sockets`` took it, how many were too slow (``dropped``), and a sentence."""
-
-    sockets: int
-    sentence: str
-    dropped: int = 0
-
-    def __repr__(self) -> str:
-        return self.sentence
 
 
 def _but(incomplete: str) -> str:

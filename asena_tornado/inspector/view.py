@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import secrets
 import time
-import weakref
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import AsenaError, ServerStateError
-from ..events import Event
-from ..namespace import Namespace
-from ..sockets import Socket
+from ..websocket.events import Event
+from ..websocket.namespace import Namespace
+from ..websocket.sockets import Socket
+from .receipts import Receipt
 from .snapshots import NamespaceSnapshot, SocketSnapshot, brief, shown
-
-if TYPE_CHECKING:
-    from ..server import AsenaServer
-    from .inspector import Inspector
+from .subject import Actor, Desk, Subject
 
 STATIC = Path(__file__).parent
 # What one answer holds at most, however much there is.
@@ -85,27 +81,6 @@ _asks: TypeAdapter[Look | Publish | Send | Move | Disconnect] = TypeAdapter(
 )
 
 
-class Desk:
-    """What stays when a re-run cell replaces the server: the server behind the live views, and the page's token."""
-
-    def __init__(self, server: AsenaServer) -> None:
-        self.token = secrets.token_urlsafe(32)
-        self._server = weakref.ref(server)
-        self.widgets: dict[tuple[str | None, bool], Any] = {}
-
-    def pass_to(self, server: AsenaServer) -> None:
-        """From now on the views look at this server."""
-        self._server = weakref.ref(server)
-
-    @property
-    def server(self) -> AsenaServer:
-        """The server that is looked at; raises `ServerStateError` when it is gone."""
-        server = self._server()
-        if server is None:
-            raise ServerStateError("the server has stopped")
-        return server
-
-
 class View:
     """Answers a live view. With ``read_only``, every action is refused."""
 
@@ -118,16 +93,18 @@ class View:
         """The answer for the view; on the server's loop. Errors are ``{"error": …}``."""
         try:
             ask = _asks.validate_python(request)
-            inspector = self._inspector()
+            subject = self._subject()
             if isinstance(ask, Look):
-                inspector._server._open_door()
+                subject.door()
                 started = time.perf_counter()
-                sockets = _everybody(inspector, ask)
-                answer = self._look(inspector, ask, await _search(sockets, ask) if ask.search else sockets)
+                sockets = _everybody(subject, ask)
+                answer = self._look(subject, ask, await _search(sockets, ask) if ask.search else sockets)
                 return {**answer, "again": (time.perf_counter() - started) / _SHARE}
             if self._read_only:
                 return {"error": "this view is read-only"}
-            return {"receipt": repr(_act(inspector, ask))}
+            inspector = subject.server.inspector
+            receipt = _act(inspector if self._namespace is None else inspector[self._namespace], ask)
+            return {"receipt": receipt.sentence}
         except ValidationError as invalid:
             return {"error": "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()[:3])}
         except ServerStateError as error:
@@ -135,18 +112,18 @@ class View:
         except (AsenaError, ValueError) as error:
             return {"error": str(error)}
 
-    def _inspector(self) -> Inspector:
-        inspector = self.desk.server.inspector
-        return inspector if self._namespace is None else inspector[self._namespace]
+    def _subject(self) -> Subject:
+        subject = self.desk.subject
+        return subject if self._namespace is None else subject.narrowed(self._namespace)
 
     def glance(self) -> dict[str, Any]:
         """What is there now, from any thread."""
-        inspector, ask = self._inspector(), Look(do="look")
-        return inspector._ask(lambda: self._look(inspector, ask, _everybody(inspector, ask)))
+        subject, ask = self._subject(), Look(do="look")
+        return subject.ask(lambda: self._look(subject, ask, _everybody(subject, ask)))
 
-    def _look(self, inspector: Inspector, ask: Look, found: list[Socket[Any]]) -> dict[str, Any]:
-        everywhere = inspector._scope()
-        scope = _chosen(inspector, ask)
+    def _look(self, subject: Subject, ask: Look, found: list[Socket[Any]]) -> dict[str, Any]:
+        everywhere = subject.scope()
+        scope = _chosen(subject, ask)
         offset = min(ask.offset, max(0, len(found) - 1) // ask.limit * ask.limit)
         sockets = found[offset : offset + ask.limit]
         rooms = [
@@ -155,7 +132,7 @@ class View:
             for room in n.rooms
             if (size := len(n.index.members(room))) and (not ask.search or ask.search.lower() in room.lower())
         ]
-        detail = next((n._by_id[ask.socket] for n in scope if ask.socket in n._by_id), None)
+        detail = next((n.sockets[ask.socket] for n in scope if ask.socket in n.sockets), None) if ask.socket else None
         return {
             "state": "running",
             "now": time.time(),
@@ -174,14 +151,14 @@ class View:
         }
 
 
-def _chosen(inspector: Inspector, ask: Look) -> list[Namespace]:
-    return [n for n in inspector._scope() if ask.namespace in (None, n.path)]
+def _chosen(subject: Subject, ask: Look) -> list[Namespace]:
+    return [n for n in subject.scope() if ask.namespace in (None, n.path)]
 
 
-def _everybody(inspector: Inspector, ask: Look) -> list[Socket[Any]]:
+def _everybody(subject: Subject, ask: Look) -> list[Socket[Any]]:
     found: list[Socket[Any]] = []
-    for namespace in _chosen(inspector, ask):
-        found += namespace._everyone if ask.room is None else namespace.index.members(ask.room)
+    for namespace in _chosen(subject, ask):
+        found += namespace.members(ask.room)
     return found
 
 
@@ -261,7 +238,7 @@ def _detail(socket: Socket[Any]) -> dict[str, Any]:
     }
 
 
-def _act(inspector: Inspector, ask: Publish | Send | Move | Disconnect) -> object:
+def _act(inspector: Actor, ask: Publish | Send | Move | Disconnect) -> Receipt:
     if isinstance(ask, Publish):
         if ask.room is None:
             return inspector.in_(ask.data, namespace=ask.namespace)
@@ -273,4 +250,4 @@ def _act(inspector: Inspector, ask: Publish | Send | Move | Disconnect) -> objec
     return inspector.disconnect(ask.socket, ask.code, ask.reason)
 
 
-__all__ = ["STATIC", "Desk", "View"]
+__all__ = ["STATIC", "View"]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
-import sys
-import threading
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 from ..errors import ServerStateError
+from ..hosting import cells
+from .subject import Subject
 from .view import STATIC, View
-
-if TYPE_CHECKING:
-    from .inspector import Inspector
 
 log = logging.getLogger("asena_tornado")
 
@@ -32,16 +29,24 @@ class _Session:
         self.heard = self.answered = now
 
 
+class Table(Protocol):
+    """What shows itself without widgets."""
+
+    def _repr_html_(self) -> str: ...
+
+
 class LiveView:
     """Shows itself as a widget that follows the server, in front ends that run widgets; otherwise as a table."""
 
-    def __init__(self, inspector: Inspector, *, read_only: bool = False) -> None:
-        self._inspector = inspector
+    def __init__(self, table: Table, subject: Subject, *, read_only: bool = False) -> None:
+        """``table``: what is shown where there are no widgets."""
+        self._table = table
+        self._subject = subject
         self._read_only = read_only
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        desk, namespace = self._inspector._server._desk, self._inspector._path
-        if self._inspector._server.state != "running" or not _front_end():
+        desk, namespace = self._subject.desk(), self._subject.path
+        if self._subject.server.state != "running" or find_spec("anywidget") is None or not cells.watch():
             return {}
         key = (namespace, self._read_only)
         if key not in desk.widgets:
@@ -50,10 +55,10 @@ class LiveView:
         return {"application/vnd.jupyter.widget-view+json": bundle}
 
     def _repr_html_(self) -> str:
-        return self._inspector._repr_html_()
+        return self._table._repr_html_()
 
     def __repr__(self) -> str:
-        return repr(self._inspector)
+        return repr(self._table)
 
 
 class Link:
@@ -75,7 +80,7 @@ class Link:
     def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:
         """A message from the front end, on one of the kernel's threads."""
         try:
-            door = self._view.desk.server._open_door()
+            door = self._view.desk.subject.door()
             door.run(self._handle, door.loop, request)
         except ServerStateError as error:
             self._tell(request, {"state": "stopped", "error": str(error)})
@@ -121,52 +126,13 @@ class Link:
         self._timer = None
         now = loop.time()
         for name, session in list(self._sessions.items()):
-            if _cells.idle and now - session.heard > _FORGET:
+            if cells.idle and now - session.heard > _FORGET:
                 del self._sessions[name]
             elif now - session.answered >= _LATE:
                 session.answered = now
                 self._answer_soon(loop, session.look, pushed=True)
         if self._sessions:
             self._timer = loop.call_later(_PERIOD, self._tick, loop)
-
-
-class _Cells:
-    """Whether the kernel runs a cell."""
-
-    def __init__(self) -> None:
-        self._running = threading.Event()
-        self._watching = False
-
-    @property
-    def idle(self) -> bool:
-        return not self._running.is_set()
-
-    def watch(self, shell: Any) -> None:
-        """From now on, know. Called by a cell, which displays something."""
-        if not self._watching:
-            self._watching = True
-            shell.events.register("pre_run_cell", self._began)
-            shell.events.register("post_run_cell", self._ended)
-            self._running.set()
-
-    def _began(self, *_: object) -> None:
-        self._running.set()
-
-    def _ended(self, *_: object) -> None:
-        self._running.clear()
-
-
-_cells = _Cells()
-
-
-def _front_end() -> bool:
-    """Whether there is a kernel that could have a front end, and the widgets to show there."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if getattr(shell, "kernel", None) is None or importlib.util.find_spec("anywidget") is None:
-        return False
-    _cells.watch(shell)
-    return True
 
 
 def _make_widget(view: View) -> Any:

@@ -12,12 +12,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, connect
 from asena_tornado.connection import Outbox, connection
-from asena_tornado.messages import encode
-from asena_tornado.namespace import Namespace
+from asena_tornado.connection.dispatch import Dispatch
+from asena_tornado.websocket.messages import encode
+from asena_tornado.websocket.namespace import Namespace
 
 CALLS, ROUNDS = 20_000, 15
 
@@ -31,7 +32,9 @@ class Chat(AsenaWebSocketService):
 def without_test(function: Any) -> Any:
     """The same function without its two lines that record events."""
     source = textwrap.dedent(inspect.getsource(function))
-    bare = re.sub(r"^ *if self\.(_events|events)\.watched:\n.*\n", "", source, flags=re.MULTILINE)
+    bare = re.sub(
+        r"^ *if (self\._events\.watched|events\.watched|self\._listeners):\n.*\n", "", source, flags=re.MULTILINE
+    )
     assert bare != source
     names: dict[str, Any] = {}
     exec(bare, function.__globals__, names)
@@ -53,20 +56,20 @@ async def main() -> None:
     async with AsenaServer(Chat, port=0) as server, await connect(server.url("/chat")):
         namespace = server.namespaces["/chat"]
         [socket] = namespace.sockets.values()
-        line, outbox = socket._connection, namespace.outbox
+        line, outbox = cast(connection.Connection, socket._connection), namespace.outbox
         assert isinstance(outbox, Outbox)
         message = encode("x" * 64)
         text = "x" * 64
 
         def forget() -> None:
-            line._inbox.clear()
-            line._inbox_size = 0
-            line._parser.held = False
+            line._dispatch._inbox.clear()
+            line._dispatch.size = 0
+            line._parser._held = line._dispatch._full = False
             line.owed, line.owed_counts, line.owed_size = None, [], 0
             outbox._open, outbox._dirty = None, []
 
         ways: dict[str, tuple[Any, tuple[Any, ...], Any]] = {
-            "receive": (connection.Connection.message_received, (text,), line),
+            "receive": (Dispatch.message_received, (text,), line._dispatch),
             "send to one": (connection.Connection.send, (message,), line),
             "send to a room": (Namespace._deliver, (None, message, None), namespace),
         }
@@ -75,6 +78,7 @@ async def main() -> None:
             bare = partial(without_test(method), owner, *arguments)
             real = partial(method, owner, *arguments)
             namespace.events.watched = False
+            namespace.listen(namespace.events, False)
             times = [best(bare, forget), best(real, forget)]
             namespace.events.watch(60)
             times.append(best(real, forget))

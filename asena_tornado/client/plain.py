@@ -14,9 +14,9 @@ from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
-from .errors import ConnectionClosed, HandshakeRefused, shown_url
-from .hosting import LoopDoor, LoopThread, beside, hold, in_cell
-from .messages import BINARY, Message, encode
+from ..errors import ConnectionClosed, HandshakeRefused, shown_url
+from ..hosting import LoopDoor, LoopThread, beside, hold, in_cell
+from ..websocket.messages import BINARY, Message, encode
 
 _DEFAULT_TIMEOUT = 10.0  # seconds
 _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes

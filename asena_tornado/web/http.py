@@ -19,10 +19,10 @@ from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from .container import component, needs_self
-from .errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
-from .messages import Invalid, Validator, encode
-from .namespace import serving
+from ..errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
+from ..ioc.inject import component, needs_self
+from ..websocket.door import Door, serving
+from ..websocket.messages import Invalid, Validator, encode
 
 log = logging.getLogger("asena_tornado")
 T = TypeVar("T")
@@ -456,9 +456,8 @@ _STATES = {
 class Chain:
     """Middleware in order, and what is behind it. It fails closed: only what every one let pass gets there."""
 
-    def __init__(self, middlewares: Sequence[Any], where: str, owner: object) -> None:
-        """``middlewares``: instances. ``where``: whose they are, for the log; ``owner``: their server."""
-        self._owner = owner
+    def __init__(self, middlewares: Sequence[Any], where: str) -> None:
+        """``middlewares``: instances. ``where`` says in the log whose they are."""
         self._where = where
         self._links: list[tuple[str, Callable[..., Any]]] = []
         for middleware in middlewares:
@@ -471,12 +470,14 @@ class Chain:
                 ) from None
             self._links.append((name, handle))  # type: ignore[arg-type]  # it has a signature
 
-    async def run(self, context: Context, last: Callable[[], Awaitable[Response | None]]) -> Response | None:
+    async def run(
+        self, context: Context, last: Callable[[], Awaitable[Response | None]], door: Door
+    ) -> Response | None:
         """The response; None if that is what ``last`` returned and no middleware has put one in its place.
 
-        What raises is logged and answered with 500.
+        ``door``: that of the server. What raises is logged and answered with 500.
         """
-        token = serving.set(self._owner)
+        token = serving.set(door)
         try:
             response: Response | None = await self._step(0, context, last)
             return response

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, Mapping, Set, ValuesView
 from typing import Any, Generic, TypeVar
 
-from .errors import RoomNameError
+from ..errors import RoomNameError
 
 Member = TypeVar("Member", bound=Hashable)
 

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, is_dataclass, replace
-from types import UnionType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import (
-    Annotated,
     Any,
     ForwardRef,
     Generic,
     Self,
     TypeVar,
-    Union,
     get_args,
     get_origin,
 )
 
-from pydantic import BaseModel, TypeAdapter
-from typing_extensions import get_type_hints, is_typeddict
-
-from .container import component, listed, needs_self
-from .errors import ConfigurationError, InvalidMessageError, ServerStateError
-from .messages import Decoder
+from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
+from ..ioc.inject import component, listed, needs_self
+from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
@@ -33,16 +26,6 @@ from .sockets import Socket, T
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
-_HOOKS = (
-    "on_open",
-    "on_message",
-    "on_close",
-    "on_error",
-    "on_invalid_message",
-    "on_drain",
-    "on_ping",
-    "on_pong",
-)
 # Names of these hooks in TypeScript's Asena and in Tornado, for the error text.
 _MISSPELT = {
     "onOpen": "on_open",
@@ -234,7 +217,7 @@ def WebSocket(
         for wrong, right in _MISSPELT.items():
             if wrong in vars(cls) and right not in vars(cls):
                 raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: write {right}")
-        for hook in _HOOKS:  # before their parameters are looked at
+        for hook in HOOKS:  # before their parameters are looked at
             needs_self(cls, hook)
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
         frame = sys._getframe(1)
@@ -251,7 +234,7 @@ def WebSocket(
             _resolve(_message_annotation(cls), handler, nearby),
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
-        return component(cls, kind="WebSocket", name=name, requires=chain, hooks=_HOOKS)
+        return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
 
     return decorate
 
@@ -269,127 +252,6 @@ def spec_of(service: object) -> WebSocketSpec:
                 return spec
             return replace(spec, message_type=_resolve(_message_annotation(cls), cls.on_message, {}))
     raise ConfigurationError(f'{cls.__name__} has no path: decorate it with @WebSocket("/…")')
-
-
-class Hooks:
-    """A service's hooks, inspected once: with the arguments each takes, or None where there is nothing to call."""
-
-    __slots__ = (
-        "_values",
-        "close",
-        "decode",
-        "drain",
-        "error",
-        "invalid",
-        "message",
-        "open",
-        "ping",
-        "pong",
-        "service",
-    )
-
-    def __init__(self, service: AsenaWebSocketService[Any]) -> None:
-        spec = spec_of(service)
-        cls = type(service)
-        self.service = service
-        self.open = _hook(service, "on_open", 1)
-        self.close = _hook(service, "on_close", 3)
-        self.drain = _hook(service, "on_drain", 1)
-        self.ping = _hook(service, "on_ping", 2)
-        self.pong = _hook(service, "on_pong", 2)
-        self.error = _hook(service, "on_error", 2) or service.on_error
-        self.invalid = _hook(service, "on_invalid_message", 2) or service.on_invalid_message
-        message = _hook(service, "on_message", 2)
-        self.message: Callable[..., Any] = message or service.on_message
-        self.decode: Callable[[str | bytes], Any] = (
-            Decoder(_needed(spec.message_type, cls, "on_message")).decode if message else lambda data: data
-        )
-        self._values = _Values(_needed(spec.values_type, cls, "its base class"))
-
-    def values(self, given: object, *, from_query: bool) -> Any:
-        """``ws.data.values``; raises pydantic's ``ValidationError`` when they do not fit ``T``."""
-        return self._values.validate(given, from_query=from_query)
-
-    def plain_values(self, values: Any) -> Any:
-        """``ws.data.values`` without their type, for validating them as another."""
-        return self._values.plain(values)
-
-
-class _Values:
-    """``T``, as a validator."""
-
-    def __init__(self, annotation: Any) -> None:
-        self._adapter: TypeAdapter[Any] | None = None
-        self._lists: frozenset[str] = frozenset()
-        if annotation in (None, type(None), Any, dict, object) or isinstance(annotation, TypeVar):
-            return
-        try:
-            self._adapter = TypeAdapter(annotation)
-        except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
-            raise ConfigurationError(f"{annotation!r} cannot be the type of ws.data.values: {error}") from error
-        if isinstance(annotation, type) and not get_args(annotation):
-            self._lists = _list_fields(annotation)
-
-    def validate(self, given: object, *, from_query: bool) -> Any:
-        if self._adapter is None:
-            return given
-        if from_query and self._lists and isinstance(given, Mapping):
-            # In a query string a list of one looks like a plain value.
-            given = {k: [v] if k in self._lists and not isinstance(v, list) else v for k, v in given.items()}
-        return self._adapter.validate_python(given)
-
-    def plain(self, values: Any) -> Any:
-        return values if self._adapter is None else self._adapter.dump_python(values, by_alias=True, round_trip=True)
-
-
-def _list_fields(cls: type) -> frozenset[str]:
-    """What a query string calls the fields that hold several values."""
-    if issubclass(cls, BaseModel):
-        fields: Mapping[str, Any] = cls.__pydantic_fields__
-    elif is_dataclass(cls) or is_typeddict(cls):
-        try:
-            fields = get_type_hints(cls)
-        except NameError:  # of a class that only its function knows; pydantic has its own ways to find those
-            return frozenset()
-    else:
-        return frozenset()
-    names: set[str] = set()
-    for name, field in fields.items():
-        if _holds_several(getattr(field, "annotation", field)):
-            alias = getattr(field, "validation_alias", None)
-            names.update((name, alias) if isinstance(alias, str) else (name,))
-    return frozenset(names)
-
-
-def _holds_several(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _holds_several(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        parts = [part for part in get_args(annotation) if part is not type(None)]
-        return all(map(_holds_several, parts))
-    return (origin or annotation) in (list, set, tuple, frozenset, Sequence, Collection, Iterable, AbstractSet)
-
-
-def _hook(service: AsenaWebSocketService[Any], name: str, offered: int) -> Callable[..., Any] | None:
-    """The hook as something to call with all that is offered; None when it is the base class's own."""
-    method = getattr(service, name)
-    if getattr(method, "__func__", None) is getattr(AsenaWebSocketService, name):
-        return None
-    parameters = inspect.signature(method).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return method  # type: ignore[no-any-return]
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = sum(p.default is p.empty for p in positional)
-    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if needed > offered or keywords:
-        raise ConfigurationError(
-            f"{type(service).__name__}.{name} takes more than the {offered} argument(s) it is called with"
-        )
-    taken = min(len(positional), offered)
-    if taken == offered:
-        return method  # type: ignore[no-any-return]
-    return lambda *args: method(*args[:taken])
 
 
 def _values_type(cls: type) -> Any:
@@ -439,9 +301,20 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
     return annotation
 
 
+def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
+    """The hooks of a service. Raises `ConfigurationError` for what cannot be called, or is annotated in vain."""
+    spec, cls = spec_of(service), type(service)
+    return Hooks(
+        service,
+        AsenaWebSocketService,
+        message_type=_needed(spec.message_type, cls, "on_message"),
+        values_type=_needed(spec.values_type, cls, "its base class"),
+    )
+
+
 def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
     """Make the service the one behind the namespace."""
     service._namespace = namespace
 
 
-__all__ = ["AsenaWebSocketService", "Hooks", "WebSocket", "WebSocketSpec", "bind", "spec_of"]
+__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "spec_of"]

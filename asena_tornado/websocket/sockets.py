@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic, Protocol
 
 from typing_extensions import TypeVar
 
-from .messages import encode, valid_close_code
-
-if TYPE_CHECKING:
-    from .connection.connection import Connection
-    from .namespace import Namespace
+from .door import Door
+from .messages import Message, check_close, encode
+from .rooms import RoomIndex
 
 T = TypeVar("T", default=Any)
 
@@ -65,6 +63,100 @@ class SocketData(Generic[T]):
         raise AttributeError(f"the socket's values have no {name!r} (known: {known})")
 
 
+class Wire(Protocol):
+    """What is behind a socket: its connection (see `connection.connection`). Used on the server's loop."""
+
+    state: ReadyState
+    round_trip_time: float | None
+    messages_out: int
+    bytes_in: int
+    bytes_out: int
+    dropped: int
+
+    @property
+    def messages_in(self) -> int:
+        """Messages that came."""
+        ...
+
+    @property
+    def last_error(self) -> str | None:
+        """The last that a hook raised, in one line."""
+        ...
+
+    @property
+    def buffered_amount(self) -> int:
+        """Bytes queued and not yet taken by the system."""
+        ...
+
+    @property
+    def age(self) -> float:
+        """Seconds since it connected."""
+        ...
+
+    def send(self, message: Message) -> bool:
+        """Owe the message to the client; False if it was not taken."""
+        ...
+
+    def ping(self, payload: bytes) -> None:
+        """Send a ping."""
+        ...
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the close handshake."""
+        ...
+
+    def close_when_done(self, code: int, reason: str, *, grace: float, patience: float) -> None:
+        """Read no more, and close once the handler is done; the times are in seconds."""
+        ...
+
+    def terminate(self) -> None:
+        """Cut the connection."""
+        ...
+
+    def cut_off(self) -> None:
+        """Cut the connection, and cancel its handler."""
+        ...
+
+    def abandon(self) -> None:
+        """Close the descriptor and nothing else: there is no loop any more, or it is another process's."""
+        ...
+
+
+class Home(Protocol):
+    """The namespace of a socket (see `websocket.namespace`). What changes something may be called from any thread."""
+
+    path: str
+    door: Door
+    index: RoomIndex[Socket[Any]]
+
+    def send_to(self, socket: Socket[Any], message: Message) -> bool:
+        """Send to one socket; False if it was not taken."""
+        ...
+
+    def to(
+        self,
+        rooms: str | Iterable[str],
+        data: object,
+        *,
+        exclude: Iterable[Socket[Any] | str] = (),
+        origin: Socket[Any] | None = None,
+    ) -> int:
+        """Send to the members of the rooms; returns how many are addressed."""
+        ...
+
+    def join(self, socket: Socket[Any], room: str) -> None:
+        """Put the socket into the room."""
+        ...
+
+    def leave(self, socket: Socket[Any], room: str) -> None:
+        """Take the socket out of the room."""
+        ...
+
+    def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
+        """The names of the rooms the socket is in."""
+        ...
+
+
 class Socket(Generic[T]):
     """One connected client: the same object for the whole life of its connection.
 
@@ -78,9 +170,9 @@ class Socket(Generic[T]):
 
     __slots__ = ("__weakref__", "_connection", "_left_rooms", "_namespace", "data", "remote_address")
 
-    _connection: Connection
+    _connection: Wire
 
-    def __init__(self, namespace: Namespace, data: SocketData[T], remote_address: str) -> None:
+    def __init__(self, namespace: Home, data: SocketData[T], remote_address: str) -> None:
         self._namespace = namespace
         self._left_rooms: dict[str, None] | None = None  # what on_close sees, once the socket has left its rooms
         self.data = data
@@ -182,10 +274,7 @@ class Socket(Generic[T]):
         Raises:
             ValueError: The code or the reason cannot be sent.
         """
-        if not valid_close_code(code):
-            raise ValueError(f"{code} is not a valid close code: use 1000, or one from 3000 to 4999")
-        if len(reason.encode()) > 123:
-            raise ValueError("the reason of a close frame must be at most 123 bytes as UTF-8")
+        check_close(code, reason)
         self._namespace.door.run(self._connection.close, code, reason)
 
     def terminate(self) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+import threading
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from typing import Any, Protocol
 from urllib.parse import quote
 
-from .errors import (
+from ..errors import (
     ConfigurationError,
     RoomLimitError,
     ServerStateError,
@@ -17,42 +17,20 @@ from .errors import (
     must_propagate,
     text_of,
 )
+from .door import CLOSED_DOOR, Door
 from .events import EventLog
+from .hooks import Hooks
 from .messages import Message, encode
+from .options import WebSocketOptions
 from .rooms import RoomIndex, RoomsView, check_room
 from .sockets import ReadyState, Socket
 
-if TYPE_CHECKING:
-    from .connection.connection import Connection
-    from .options import WebSocketOptions
-    from .service import Hooks
-
 log = logging.getLogger("asena_tornado")
 
-R = TypeVar("R")
 # A socket leaves so many rooms in one turn of the loop, which takes about a millisecond.
 _ROOMS_PER_TURN = 1000
 
-# Whose handler the current code runs for: a namespace, or a server for its middleware and controllers; else None.
-serving: ContextVar[object] = ContextVar("serving", default=None)
-
 Exclude = Iterable[Socket[Any] | str] | Socket[Any] | str
-
-
-class Door(Protocol):
-    """The way to the loop, from whichever thread (see `hosting`)."""
-
-    def inside(self) -> bool:
-        """Whether the caller is on the loop's thread."""
-        ...
-
-    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
-        """Call on the loop: now if inside, else soon, in the order of this thread's calls."""
-        ...
-
-    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        """Run on the loop and await the result, from any loop."""
-        ...
 
 
 class FanOut(Protocol):
@@ -64,7 +42,7 @@ class FanOut(Protocol):
 
     def seal(self, members: Mapping[Socket, None]) -> None: ...
 
-    def settle(self, connection: Connection) -> None: ...
+    def settle(self, socket: Socket[Any]) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -74,14 +52,6 @@ class Link(Protocol):
 
     def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
         """Hand the message over; False if the other nodes do not get it."""
-        ...
-
-    def join(self, path: str, room: str) -> None:
-        """The room has its first local member."""
-        ...
-
-    def leave(self, path: str, room: str) -> None:
-        """The room's last local member has left."""
         ...
 
     def check(self, room: str) -> None:
@@ -95,6 +65,35 @@ class Link(Protocol):
     async def count_sockets(self, path: str | None) -> int:
         """How many sockets there are on all nodes."""
         ...
+
+
+class NamespaceObserver(Protocol):
+    """What gets told what happens in a namespace: see `Namespace.observe`.
+
+    A subclass need not define the methods it does not need. All calls come on the server's loop, in the order in which
+    things happen. They must neither wait nor raise.
+    """
+
+    def admitted(self, socket: Socket[Any]) -> None:
+        """The socket is open."""
+        return None
+
+    def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
+        """The socket is no longer addressed. It still has to leave its ``rooms``; `left` is called for each."""
+        return None
+
+    def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
+        """The socket is in the room. ``first``: nobody else is, of this server."""
+        return None
+
+    def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
+        """The socket has left the room. ``last``: nobody is left in it, of this server. ``released``: with the end of
+        the connection."""
+        return None
+
+    def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        """A message to the rooms (none: to everybody) goes to ``count`` sockets. Told only to those who `listen`."""
+        return None
 
 
 class Addressed(int):
@@ -165,11 +164,14 @@ class Namespace:
         self.path = path
         self.hooks = hooks
         self.options = options
-        self.door: Door = _CLOSED_DOOR
+        self.door: Door = CLOSED_DOOR
         self.outbox: FanOut | None = None
         self.link: Link | None = None
         self.index: RoomIndex[Socket[Any]] = RoomIndex()
-        self.events = EventLog(path)
+        self.events = EventLog(path, watched_changed=lambda watched: self.listen(self.events, watched))
+        self._observers: tuple[NamespaceObserver, ...] = (self.events,)
+        self._listeners: tuple[NamespaceObserver, ...] = ()
+        self._listening = threading.Lock()  # the log is watched from any thread
         self.dropped = 0  # messages refused by the limit on waiting bytes
         self._by_id: dict[str, Socket[Any]] = {}
         # Everybody, as the outbox needs it: the members of the namespace.
@@ -181,6 +183,30 @@ class Namespace:
         self.sockets = SocketsView(self._by_id)
         self.rooms: RoomsView[Socket[Any]] = RoomsView(self.index)
         self._all_gone: list[Callable[[], None]] = []
+
+    def open(self, door: Door, outbox: FanOut) -> None:
+        """Send through this door, by this outbox, from now on."""
+        self.door, self.outbox = door, outbox
+
+    # -- who is told
+
+    def observe(self, observer: NamespaceObserver) -> None:
+        """Tell the observer what happens from now on; on the loop, or before the server starts."""
+        self._observers = (*self._observers, observer)
+
+    def unobserve(self, observer: NamespaceObserver) -> None:
+        """Tell the observer nothing any more; on the loop."""
+        self._observers = tuple(each for each in self._observers if each is not observer)
+
+    def listen(self, observer: NamespaceObserver, listening: bool) -> None:
+        """Whether the observer is told of messages, too: it costs time for each. From any thread."""
+        with self._listening:
+            others = tuple(each for each in self._listeners if each is not observer)
+            self._listeners = (*others, observer) if listening else others
+
+    def _tell_listeners(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        for listener in self._listeners:
+            listener.delivered(rooms, message, count)
 
     # -- sending
 
@@ -264,7 +290,7 @@ class Namespace:
         if self._withdrawing and names is not None:
             for socket in self._withdrawing:  # they get nothing any more, nor are they counted
                 for room in names:
-                    self._take_out(socket, room)
+                    self._take_out(socket, room, released=True)
         members = self._members(names)
         count = len(members)
         if excluded:
@@ -272,10 +298,14 @@ class Namespace:
                 if socket in members:
                     count -= 1
         if count:
-            if self.events.watched:
-                self.events.sent(None, names or (), message, count)
+            if self._listeners:
+                self._tell_listeners(names or (), message, count)
             self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
         return count
+
+    def members(self, room: str | None) -> Mapping[Socket[Any], None]:
+        """The sockets in the room (None: in the namespace), live."""
+        return self._everyone if room is None else self.index.members(room)
 
     def _members(self, names: tuple[str, ...] | None) -> dict[Socket[Any], None]:
         if names is None:
@@ -323,10 +353,10 @@ class Namespace:
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
-            if self.link is not None and not self.index.members(room):
-                self.link.join(self.path, room)
+            first = not self.index.members(room)
             self.index.join(socket, room)
-            self.events.record("joined", socket.id, rooms=(room,))
+            for observer in self._observers:
+                observer.joined(socket, room, first=first)
 
     def leave(self, socket: Socket[Any], room: str) -> None:
         """Take the socket out of the room, from any thread."""
@@ -339,11 +369,13 @@ class Namespace:
         elif room in self.index.rooms_of(socket):
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self._take_out(socket, room)
-            self.events.record("left", socket.id, rooms=(room,))
 
-    def _take_out(self, socket: Socket[Any], room: str) -> None:
-        if self.index.leave(socket, room) and self.link is not None and not self.index.members(room):
-            self.link.leave(self.path, room)
+    def _take_out(self, socket: Socket[Any], room: str, *, released: bool = False) -> None:
+        if not self.index.leave(socket, room):
+            return
+        last = not self.index.members(room)
+        for observer in self._observers:
+            observer.left(socket, room, last=last, released=released)
 
     def rooms_of(self, socket: Socket[Any]) -> frozenset[str]:
         """The names of the rooms the socket is in."""
@@ -377,18 +409,20 @@ class Namespace:
         self.outbox.seal(self._everyone)  # type: ignore[union-attr]  # the door is open
         self._by_id[socket.id] = socket
         self._everyone[socket] = None
-        self.events.record("connected", socket.id, detail=socket.remote_address)
+        for observer in self._observers:
+            observer.admitted(socket)
 
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
         assert self.outbox is not None
         # Of whatever has it among its members: one of its rooms, several, or everybody.
-        self.outbox.settle(socket._connection)
+        self.outbox.settle(socket)
         del self._everyone[socket]
         del self._by_id[socket.id]
         self._leaving[socket] = None
         rooms = socket._left_rooms = self.index.withdraw(socket)
-        self.events.record("closed", socket.id, rooms=rooms, code=code, detail=reason)
+        for observer in self._observers:
+            observer.released(socket, code, reason, rooms)
         if rooms:
             self._withdrawing[socket] = list(rooms)
 
@@ -403,7 +437,7 @@ class Namespace:
         if len(rooms) > _ROOMS_PER_TURN and socket is not next(iter(self._withdrawing)):
             return True
         for room in rooms[-_ROOMS_PER_TURN:]:
-            self._take_out(socket, room)
+            self._take_out(socket, room, released=True)
         del rooms[-_ROOMS_PER_TURN:]
         if not rooms:
             del self._withdrawing[socket]
@@ -416,7 +450,7 @@ class Namespace:
     def forget(self, socket: Socket[Any]) -> None:
         """``on_close`` has run: nothing of the socket is left."""
         for room in self._withdrawing.pop(socket, ()):  # where nobody has waited for it
-            self._take_out(socket, room)
+            self._take_out(socket, room, released=True)
         socket._left_rooms = {}
         self._leaving.pop(socket, None)
         if self.empty:
@@ -491,20 +525,3 @@ def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:
         if not isinstance(one, str | Socket):
             raise TypeError(f"exclude takes sockets or ids of sockets, not {one!r}")
     return each
-
-
-class _ClosedDoor:
-    """Before the server starts, and after it has stopped."""
-
-    def inside(self) -> bool:
-        raise ServerStateError("the server is not running: call server.start() first")
-
-    def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
-        self.inside()
-
-    async def acall(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        self.inside()
-        raise NotImplementedError  # inside() has raised
-
-
-_CLOSED_DOOR = _ClosedDoor()

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from .errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
-from .messages import Message, encode
-from .namespace import Door, Namespace, normalize_path
-
-if TYPE_CHECKING:
-    from .container import Container, Reference
+from ..errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
+from ..ioc.inject import Provider, Reference
+from ..websocket.door import Door
+from ..websocket.messages import Message, encode
+from ..websocket.namespace import Namespace, normalize_path
 
 R = TypeVar("R")
 
@@ -442,7 +441,7 @@ def ulak(path: str) -> Reference[UlakNamespace]:
 class _NamespaceReference:
     path: str
 
-    def resolve(self, container: Container, /) -> UlakNamespace:
+    def resolve(self, container: Provider, /) -> UlakNamespace:
         return container.get(Ulak).namespace(self.path)
 
     def __repr__(self) -> str:

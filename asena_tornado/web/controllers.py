@@ -18,8 +18,9 @@ from tornado.iostream import StreamClosedError
 from tornado.routing import Matcher, Rule
 from tornado.web import stream_request_body
 
-from .container import component, listed, needs_self
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from ..ioc.inject import component, listed, needs_self
+from ..websocket.door import CLOSED_DOOR, Door
 from .http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, answer_to, make_response
 
 log = logging.getLogger("asena_tornado")
@@ -199,21 +200,20 @@ class Controllers(Matcher):
 
     def __init__(
         self,
-        owner: object,
         *,
         origins: Origins,
         hosts: Hosts,
         max_body_size: int,
         ready: Callable[[], Awaitable[object]],
     ) -> None:
-        """``owner``: the server. ``max_body_size``: bytes. ``ready`` is awaited first, and may raise a `Refusal`."""
-        self._owner = owner
+        """``max_body_size``: bytes. ``ready`` is awaited first, and may raise a `Refusal`."""
         self._origins = origins
         self._hosts = hosts
         self._ready = ready
         self._routes: dict[int, list[_Route]] = {}  # by how many parts the path has
         self._requests: set[asyncio.Task[Any]] = set()
         self.max_body_size = max_body_size
+        self.door: Door = CLOSED_DOOR  # of the server, while it runs
 
     def add(self, controller: object, instances: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
         """Add the routes of a controller; ``instances`` gives those of the middlewares that decorators list.
@@ -229,7 +229,7 @@ class Controllers(Matcher):
             if len(set(parameters)) < len(parameters):
                 raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have the same name")
             label = f"{mark.method} {path} ({cls.__name__}.{name})"
-            chain = Chain(instances((*spec.middlewares, *mark.middlewares)), label, self._owner)
+            chain = Chain(instances((*spec.middlewares, *mark.middlewares)), label)
             route = _Route(mark.method, segments, _handler(getattr(controller, name), label), chain, label)
             routes = self._routes.setdefault(len(segments), [])
             for other in routes:
@@ -299,7 +299,7 @@ class Controllers(Matcher):
             result = await answer_to(route.handler, context)
             return result if isinstance(result, Response) else make_response(result)
 
-        response = await route.chain.run(context, last)
+        response = await route.chain.run(context, last, self.door)
         assert response is not None  # last() has one
         return response
 

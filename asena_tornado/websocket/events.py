@@ -1,4 +1,4 @@
-"""What happened: a bounded memory of it, and `Tap`, which follows it live. Pure: it knows no sockets."""
+"""What happened: a bounded memory of it, and `Tap`, which follows it live."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from .errors import bounded, text_of
+from ..errors import bounded, text_of
 from .messages import Message
+from .sockets import Socket
 
 EventKind = Literal[
     "connected",
@@ -41,7 +42,7 @@ _PREVIEW = 120  # characters of a message that are kept
 _FAILURES = 100  # of hooks, with their tracebacks
 _TRACEBACK = 8000  # characters of one that are kept: its end, where the error is
 _ERROR_LINE = 300  # characters of an error in one line
-_OWN_FILES = str(Path(__file__).parent) + os.sep
+_OWN_FILES = str(Path(__file__).parents[1]) + os.sep
 # What is kept of each sort of event, and of the rooms in one of them.
 _MAX_BYTES = 4 * 1024 * 1024
 _MAX_ROOM_BYTES = 16 * 1024
@@ -194,12 +195,17 @@ class EventLog:
         "_story",
         "_taps",
         "_until",
+        "_watched_changed",
         "skipped",
         "watched",
     )
 
-    def __init__(self, path: str, *, limit: int = 1000) -> None:
+    def __init__(
+        self, path: str, *, limit: int = 1000, watched_changed: Callable[[bool], None] = lambda watched: None
+    ) -> None:
+        """``watched_changed`` is told when somebody begins to look, and when nobody does any more; on any thread."""
         self._path = path
+        self._watched_changed = watched_changed
         # Apart, so that traffic does not push out the last error.
         self._story = _Ring(limit)
         self._messages = _Ring(limit)
@@ -227,6 +233,29 @@ class EventLog:
         self._story.append(event)
         if self._taps:
             self._tell(event)
+
+    # As the observer of its namespace.
+
+    def admitted(self, socket: Socket[Any]) -> None:
+        """A client has connected."""
+        self.record("connected", socket.id, detail=socket.remote_address)
+
+    def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
+        """It is gone, and with it from its rooms."""
+        self.record("closed", socket.id, rooms=rooms, code=code, detail=reason)
+
+    def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
+        """It is in a room."""
+        self.record("joined", socket.id, rooms=(room,))
+
+    def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
+        """It has left a room; that of one that is gone, `released` has told."""
+        if not released:
+            self.record("left", socket.id, rooms=(room,))
+
+    def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
+        """A message to rooms, or to everybody."""
+        self.sent(None, rooms, message, count)
 
     def failed(self, socket: str, error: BaseException) -> HandlerError:
         """Remember what a hook has raised, with its traceback."""
@@ -277,7 +306,7 @@ class EventLog:
             with self._lock:
                 self._taps = tuple(tap for tap in self._taps if tap() is not None)
                 if not self._taps and now > self._until:
-                    self.watched = False
+                    self._set_watched(False)
                     return False
             self._refill_at = now + 0.1
             self._budget = _MESSAGES_PER_SECOND // 10
@@ -306,13 +335,18 @@ class EventLog:
         """Record messages too, at least for the next ``seconds``."""
         with self._lock:
             self._until = max(self._until, time.monotonic() + seconds)
-            self.watched = True
+            self._set_watched(True)
 
     def follow(self, tap: Tap) -> None:
         """Tell the tap of everything from now on, until it is closed or nobody holds it any more."""
         with self._lock:
             self._taps = (*(each for each in self._taps if each() is not None), weakref.ref(tap))
-            self.watched = True
+            self._set_watched(True)
+
+    def _set_watched(self, watched: bool) -> None:
+        if watched is not self.watched:
+            self.watched = watched
+            self._watched_changed(watched)
 
     def unfollow(self, tap: Tap) -> None:
         """Tell it no more."""

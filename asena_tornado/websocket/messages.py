@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, SchemaError, SchemaValidator, to_json
 from typing_extensions import TypeAliasType
 
-from .errors import ConfigurationError, EncodeError, InvalidMessageError, shortened
+from ..errors import ConfigurationError, EncodeError, InvalidMessageError, shortened
 
 log = logging.getLogger("asena_tornado")
 
@@ -41,6 +41,14 @@ _CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 
 def valid_close_code(code: int) -> bool:
     """Whether an endpoint may send the code in a close frame (RFC 6455 §7.4)."""
     return code in _CLOSE_CODES or 3000 <= code <= 4999
+
+
+def check_close(code: int, reason: str) -> None:
+    """Raise ``ValueError`` for a code or a reason that a close frame cannot have."""
+    if not valid_close_code(code):
+        raise ValueError(f"{code} is not a valid close code: use 1000, or one from 3000 to 4999")
+    if len(reason.encode()) > 123:
+        raise ValueError("the reason of a close frame must be at most 123 bytes as UTF-8")
 
 
 def frame(opcode: int, payload: bytes, *, rsv1: bool = False) -> bytes:

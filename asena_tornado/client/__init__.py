@@ -1,0 +1,1 @@
+"""Who connects: a WebSocket client for tests, notebooks and scripts."""

@@ -1,0 +1,324 @@
+"""From the inbox to the hooks: one task per connection hands its service one message at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable, iscoroutine
+from typing import Any, Protocol
+
+from ..errors import InvalidMessageError, SocketClosedError, bounded, must_propagate
+from ..hosting import pass_interrupt_on
+from ..websocket.door import serving
+from ..websocket.events import one_line
+from ..websocket.namespace import Namespace
+from ..websocket.options import WebSocketOptions
+from ..websocket.sockets import ReadyState, Socket
+from .keepalive import Keepalive
+
+log = logging.getLogger("asena_tornado")
+
+
+class Source(Protocol):
+    """A connection, as far as its messages are concerned."""
+
+    state: ReadyState
+    socket: Socket[Any]
+    code: int | None  # of the close, once it has begun
+    reason: str
+
+    @property
+    def peer_is_gone(self) -> bool:
+        """Whether the client has sent its last byte."""
+        ...
+
+    def hold(self) -> None:
+        """Parse no more messages: too many wait here."""
+        ...
+
+    def release(self) -> None:
+        """Parse what was held back, and read on."""
+        ...
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin the close handshake."""
+        ...
+
+    def handled(self) -> None:
+        """``on_close`` has run."""
+        ...
+
+
+class Dispatch:
+    """Runs the hooks for one connection: ``on_open``, then each message in order, then ``on_close``."""
+
+    __slots__ = (
+        "_background",
+        "_done",
+        "_full",
+        "_inbox",
+        "_keepalive",
+        "_loop",
+        "_namespace",
+        "_options",
+        "_source",
+        "_stopping",
+        "_task",
+        "_timer",
+        "_wake",
+        "last_error",
+        "message_at",
+        "messages_in",
+        "size",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        source: Source,
+        *,
+        namespace: Namespace,
+        options: WebSocketOptions,
+        keepalive: Keepalive,
+    ) -> None:
+        self._loop = loop
+        self._source = source
+        self._namespace = namespace
+        self._options = options
+        self._keepalive = keepalive
+        self._inbox: deque[str | bytes] = deque()
+        self.size = 0  # of what is in the inbox; bytes, or characters of text
+        self._full = False
+        self._task: asyncio.Task[None] | None = None
+        self._wake: asyncio.Future[None] | None = None  # while the task waits for a message
+        self._stopping = False
+        self._done: tuple[Callable[[], None], float] | None = None  # see `when_done`, and the loop's time
+        self._timer: asyncio.TimerHandle | None = None
+        self._background: set[asyncio.Future[Any]] | None = None
+        self.messages_in = 0
+        self.message_at = loop.time()
+        self.last_error: str | None = None
+
+    def start(self) -> None:
+        """Run ``on_open``."""
+        self._task = self._loop.create_task(self._serve())
+
+    # -- what arrives
+
+    def message_received(self, data: str | bytes) -> None:
+        """A whole message, from the parser."""
+        source = self._source
+        if source.state is not ReadyState.OPEN:
+            return
+        self.messages_in += 1
+        events = self._namespace.events
+        if events.watched:
+            events.received(source.socket.id, data)
+        self.message_at = self._keepalive.now
+        inbox = self._inbox
+        inbox.append(data)
+        self.size += len(data)
+        options = self._options
+        if len(inbox) >= options.max_queued_messages or self.size >= options.max_queued_bytes:
+            if source.peer_is_gone:
+                # The last bytes of a client that has gone; there will be no time to handle them all.
+                self.size -= len(inbox.pop())
+            else:
+                self._full = True
+                source.hold()
+        wake = self._wake
+        if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
+            self._wake = None
+            wake.set_result(None)
+
+    def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
+        """Call a hook beside the message handler: it may be what that handler waits for."""
+        # A flood of pings must not become a flood of tasks.
+        if hook is None or (self._background and len(self._background) >= self._options.max_queued_messages):
+            return
+        try:
+            result = hook(self._source.socket, *args)
+        except BaseException as error:
+            self._in_background(self._handler_failed(error))
+            return
+        if result is not None and isawaitable(result):
+            task = self._in_background(self._run(lambda: result))
+            if iscoroutine(result):
+                # Cancelled along with its socket, it may not even have begun: do not warn of it.
+                task.add_done_callback(lambda _: result.close())
+
+    # -- the end
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are messages that have not been handed over yet."""
+        return bool(self._inbox)
+
+    @property
+    def ended(self) -> bool:
+        """Whether ``on_close`` has run."""
+        return self._task is None
+
+    def clear(self) -> None:
+        """Forget the messages that wait."""
+        self._inbox.clear()
+        self.size = 0
+
+    def when_done(self, act: Callable[[], None], grace: float) -> None:
+        """Act once the handler is done with what has arrived, after ``grace`` seconds at most."""
+        self._done = act, self._loop.time() + grace
+        if self._wake is not None and not self._inbox:
+            act()
+        else:
+            self._timer = self._loop.call_later(grace, self._now_done)
+
+    def _now_done(self) -> None:
+        assert self._done is not None
+        self._stop_timer()
+        self._done[0]()
+
+    def end(self) -> None:
+        """No more messages will come. Let the handler finish what did come, but not for ever."""
+        if self._wake is not None:
+            if not self._wake.done():
+                self._wake.set_result(None)
+            self._wake = None
+        elif not self._stopping and self._task is not None:
+            grace = self._options.handler_grace
+            if self._done is not None:
+                grace = max(0.0, self._done[1] - self._loop.time())  # what is left of it
+                self._stop_timer()
+            self._timer = self._loop.call_later(grace, self._cancel_late_handler)
+        self._stopping = True
+
+    def _cancel_late_handler(self) -> None:
+        if self._task is not None:
+            log.warning(
+                "%s: a handler is cancelled: its client is gone, and handler_grace is over", self._source.socket
+            )
+            self._task.cancel()
+
+    def cancel(self) -> None:
+        """Cancel whatever handler runs."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- the task
+
+    async def _serve(self) -> None:
+        serving.set(self._namespace.door)
+        try:
+            try:
+                await self._serve_messages()
+            except asyncio.CancelledError:
+                # By us, because the client is gone; or from outside, because the loop is going down.
+                self._wake = None
+                self._source.close(1001, "going away")
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # a coroutine of a task has one
+            self._stop_timer()
+            await self._run_on_close()
+        finally:
+            for task in self._background or ():
+                task.cancel()
+            self._task = None
+            self._source.handled()
+
+    async def _serve_messages(self) -> None:
+        source = self._source
+        socket = source.socket
+        namespace = self._namespace
+        inbox = self._inbox
+        if namespace.hooks.open is not None:
+            await self._run(namespace.hooks.open, socket)
+        while True:
+            while inbox:
+                data = inbox.popleft()
+                self.size -= len(data)
+                hooks = namespace.hooks
+                try:
+                    result = hooks.message(socket, hooks.decode(data))
+                    if result is not None and isawaitable(result):
+                        await result
+                except InvalidMessageError as error:
+                    self._note(error)
+                    await self._run(hooks.invalid, socket, error)
+                except BaseException as error:
+                    await self._handler_failed(error)
+                if self._full and not inbox and self._done is None:
+                    # A chunk may hold thousands of messages: others get their turn in between.
+                    await asyncio.sleep(0)
+                    self._full = False
+                    source.release()
+            if self._done is not None and source.state is ReadyState.OPEN:
+                self._now_done()
+            if self._stopping:
+                return
+            self._wake = self._loop.create_future()
+            await self._wake
+
+    async def _run_on_close(self) -> None:
+        source, namespace = self._source, self._namespace
+        hook = namespace.hooks.close
+        if hook is None and not namespace.is_releasing(source.socket):
+            return
+        try:
+            while namespace.is_releasing(source.socket):  # noqa: ASYNC110  # every turn of the loop brings it on
+                await asyncio.sleep(0)
+            async with asyncio.timeout(self._options.on_close_timeout):
+                if hook is not None:
+                    await self._run(hook, source.socket, source.code or 1006, source.reason)
+        except (TimeoutError, asyncio.CancelledError):
+            log.error("%s: on_close did not finish within %s s", source.socket, self._options.on_close_timeout)
+
+    async def _run(self, hook: Callable[..., Any], *args: Any) -> None:
+        """Call a hook, sync or async; what it raises goes to ``on_error``."""
+        try:
+            result = hook(*args)
+            if result is not None and isawaitable(result):
+                await result
+        except BaseException as error:
+            await self._handler_failed(error)
+
+    async def _handler_failed(self, error: BaseException) -> None:
+        if must_propagate(error):
+            raise error
+        if isinstance(error, KeyboardInterrupt):
+            pass_interrupt_on()
+        self._note(error)
+        socket = self._source.socket
+        if isinstance(error, SocketClosedError) and self._source.state is not ReadyState.OPEN:
+            log.info("%s: the client went away while its handler was running: %s", socket, error)
+        else:
+            failure = self._namespace.events.failed(socket.id, error)
+            log.error("%s raised %s (%s)", failure.where, failure.error, socket, exc_info=bounded(error))
+        try:
+            result = self._namespace.hooks.error(socket, error)
+            if result is not None and isawaitable(result):
+                await result
+        except BaseException as second:
+            if must_propagate(second):
+                raise
+            log.error("%s: on_error failed as well", socket, exc_info=bounded(second))
+            self._source.close(1011, "internal error")
+
+    def _note(self, error: BaseException) -> None:
+        self.last_error = one_line(error)
+        self._namespace.events.record("error", self._source.socket.id, detail=self.last_error)
+
+    def _in_background(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
+        task = asyncio.ensure_future(work)
+        if self._background is None:
+            self._background = set()
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+__all__ = ["Dispatch", "Source"]

@@ -1,0 +1,1 @@
+"""`Ulak`, the courier: sends to namespaces by their path."""

@@ -1,0 +1,1 @@
+"""Plain HTTP on Tornado: requests and responses, middleware, controllers."""

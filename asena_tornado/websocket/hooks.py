@@ -1,0 +1,151 @@
+"""A service's hooks, as the connection calls them: what each takes, and what a message and the values have to be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter
+from typing_extensions import get_type_hints, is_typeddict
+
+from ..errors import ConfigurationError
+from .messages import Decoder
+
+HOOKS = (
+    "on_open",
+    "on_message",
+    "on_close",
+    "on_error",
+    "on_invalid_message",
+    "on_drain",
+    "on_ping",
+    "on_pong",
+)
+
+
+class Hooks:
+    """A service's hooks, inspected once: with the arguments each takes, or None where there is nothing to call."""
+
+    __slots__ = (
+        "_values",
+        "close",
+        "decode",
+        "drain",
+        "error",
+        "invalid",
+        "message",
+        "open",
+        "ping",
+        "pong",
+        "service",
+    )
+
+    def __init__(self, service: Any, defaults: type, *, message_type: Any, values_type: Any) -> None:
+        """``defaults``: the base class, whose own hooks need not be called. The types are those of ``on_message``'s
+        message and of ``ws.data.values``."""
+        self.service = service
+        self.open = _hook(service, defaults, "on_open", 1)
+        self.close = _hook(service, defaults, "on_close", 3)
+        self.drain = _hook(service, defaults, "on_drain", 1)
+        self.ping = _hook(service, defaults, "on_ping", 2)
+        self.pong = _hook(service, defaults, "on_pong", 2)
+        self.error: Callable[..., Any] = _hook(service, defaults, "on_error", 2) or service.on_error
+        self.invalid: Callable[..., Any] = (
+            _hook(service, defaults, "on_invalid_message", 2) or service.on_invalid_message
+        )
+        message = _hook(service, defaults, "on_message", 2)
+        self.message: Callable[..., Any] = message or service.on_message
+        self.decode: Callable[[str | bytes], Any] = Decoder(message_type).decode if message else lambda data: data
+        self._values = _Values(values_type)
+
+    def values(self, given: object, *, from_query: bool) -> Any:
+        """``ws.data.values``; raises pydantic's ``ValidationError`` when they do not fit ``T``."""
+        return self._values.validate(given, from_query=from_query)
+
+    def plain_values(self, values: Any) -> Any:
+        """``ws.data.values`` without their type, for validating them as another."""
+        return self._values.plain(values)
+
+
+class _Values:
+    """``T``, as a validator."""
+
+    def __init__(self, annotation: Any) -> None:
+        self._adapter: TypeAdapter[Any] | None = None
+        self._lists: frozenset[str] = frozenset()
+        if annotation in (None, type(None), Any, dict, object) or isinstance(annotation, TypeVar):
+            return
+        try:
+            self._adapter = TypeAdapter(annotation)
+        except Exception as error:  # pydantic raises several kinds, for one cause: the annotation
+            raise ConfigurationError(f"{annotation!r} cannot be the type of ws.data.values: {error}") from error
+        if isinstance(annotation, type) and not get_args(annotation):
+            self._lists = _list_fields(annotation)
+
+    def validate(self, given: object, *, from_query: bool) -> Any:
+        if self._adapter is None:
+            return given
+        if from_query and self._lists and isinstance(given, Mapping):
+            # In a query string a list of one looks like a plain value.
+            given = {k: [v] if k in self._lists and not isinstance(v, list) else v for k, v in given.items()}
+        return self._adapter.validate_python(given)
+
+    def plain(self, values: Any) -> Any:
+        return values if self._adapter is None else self._adapter.dump_python(values, by_alias=True, round_trip=True)
+
+
+def _list_fields(cls: type) -> frozenset[str]:
+    """What a query string calls the fields that hold several values."""
+    if issubclass(cls, BaseModel):
+        fields: Mapping[str, Any] = cls.__pydantic_fields__
+    elif is_dataclass(cls) or is_typeddict(cls):
+        try:
+            fields = get_type_hints(cls)
+        except NameError:  # of a class that only its function knows; pydantic has its own ways to find those
+            return frozenset()
+    else:
+        return frozenset()
+    names: set[str] = set()
+    for name, field in fields.items():
+        if _holds_several(getattr(field, "annotation", field)):
+            alias = getattr(field, "validation_alias", None)
+            names.update((name, alias) if isinstance(alias, str) else (name,))
+    return frozenset(names)
+
+
+def _holds_several(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _holds_several(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None)]
+        return all(map(_holds_several, parts))
+    return (origin or annotation) in (list, set, tuple, frozenset, Sequence, Collection, Iterable, AbstractSet)
+
+
+def _hook(service: Any, defaults: type, name: str, offered: int) -> Callable[..., Any] | None:
+    """The hook as something to call with all that is offered; None when it is the base class's own."""
+    method = getattr(service, name)
+    if getattr(method, "__func__", None) is getattr(defaults, name):
+        return None
+    parameters = inspect.signature(method).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return method  # type: ignore[no-any-return]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in positional)
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if needed > offered or keywords:
+        raise ConfigurationError(
+            f"{type(service).__name__}.{name} takes more than the {offered} argument(s) it is called with"
+        )
+    taken = min(len(positional), offered)
+    if taken == offered:
+        return method  # type: ignore[no-any-return]
+    return lambda *args: method(*args[:taken])
+
+
+__all__ = ["HOOKS", "Hooks"]
