@@ -27,6 +27,7 @@ FLOORS = (
     "client",
     "inspector",
     "site",
+    "takeover",
     "server",
     "demo",
     "__main__",
