@@ -14,12 +14,10 @@ import os
 import signal
 import socket as sockets
 import ssl
-import sys
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, get_args, overload
 from urllib.parse import urlsplit
@@ -31,26 +29,33 @@ from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
+    AFTER_CANCEL,
     LoopDoor,
     LoopKind,
     LoopThread,
     Reach,
     beside,
+    held_up_at,
     hold,
     in_cell,
     in_empty_context,
     interruptible,
     listen,
+    lock_within,
     new_event_loop,
+    queue,
     reach,
     run_nested,
     running_loop,
     show_in_cells,
     switching,
+    turn,
+    wait_for,
     waking,
 )
 from .inspector import Desk, Inspector, Subject, View, page_routes
-from .site import PATIENCE, STOP_TIMEOUT, Remains, Site
+from .site import PATIENCE, STOP_TIMEOUT, Site
+from .takeover import Leftovers, bury, take_over
 from .transports import Transport
 from .ulak.broker import Ulak
 from .web.controllers import ControllerHandler
@@ -68,7 +73,6 @@ State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 _HASTE = 0.1
 _SLACK = 2.0  # seconds after a time limit at which a caller gives up on a loop that does not answer
 _FOREVER = 1e7  # seconds; the longest wait that can be asked for
-_LAST_WORDS = 1.0  # seconds that a cancelled task may still take
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
@@ -197,7 +201,7 @@ class AsenaServer:
         self._thread: LoopThread | None = None
         self._http: FrontServer | None = None
         self._listeners: list[sockets.socket] = []
-        self._retiring: asyncio.Task[None] | None = None
+        self._burying: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
@@ -231,7 +235,7 @@ class AsenaServer:
             door.shut()
             self._forget_connections()
             self._http = None
-            self._retiring = self._closing = None
+            self._burying = self._closing = None
             self._give_up("the server's loop has ended without a stop: call server.start() again")
         finally:
             self._lock.release()
@@ -364,7 +368,7 @@ class AsenaServer:
             raise ConfigurationError(f'hosting must be "thread" or "kernel", not {hosting!r}')
         # A loop that runs here must not wait for long: it may be what the other one waits for.
         patience = -1.0 if running_loop() is None or in_cell() else _SLACK
-        with _lock_within(self._lock, patience), _turn(self._wanted_port, timeout=patience):
+        with lock_within(self._lock, patience), turn(self._wanted_port, timeout=patience):
             if self.state in ("starting", "running"):
                 if self._hosting != hosting:
                     raise ServerStateError(f"the server is already running (hosting={self._hosting!r}): stop it first")
@@ -599,7 +603,7 @@ class AsenaServer:
 
         async def finish() -> None:
             try:
-                async with _queue(self._wanted_port):
+                async with queue(self._wanted_port):
                     # Those that began before may have changed who that is.
                     before = None if old is None else self._predecessor()
                     await (self._open() if before is None else self._replace(before))
@@ -652,7 +656,7 @@ class AsenaServer:
         except TimeoutError:
             raise ServerStateError(
                 f"the earlier server on port {self._port} did not answer within {STOP_TIMEOUT:g} s and goes on; "
-                f"what holds up its loop: {_where(self._thread.ident)}"
+                f"what holds up its loop: {held_up_at(self._thread.ident)}"
             ) from None
 
     def _door_is_elsewhere(self) -> bool:
@@ -668,7 +672,7 @@ class AsenaServer:
         try:
             listeners.extend(listener.dup() for listener in old._listeners)
             http = self._make_http()
-            remains = await self._site.take_over(old._site, old._door, lambda: self._check_still_wanted(old))
+            leftovers = await take_over(self._site, old._site, old._door, lambda: self._check_still_wanted(old))
         except BaseException:
             self._desk = own
             for listener in listeners:
@@ -686,7 +690,7 @@ class AsenaServer:
         switching.release(old)
         old._stopped.set()
         _running.discard(old)
-        self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, remains))
+        self._burying = asyncio.get_running_loop().create_task(self._bury(old, old_http, leftovers))
 
     def _check_still_wanted(self, old: AsenaServer) -> None:
         """Right before the switch: whether both sides still want it."""
@@ -698,12 +702,12 @@ class AsenaServer:
                 "the server that this one was to replace has been stopped meanwhile: start this one again"
             )
 
-    async def _retire(self, old: AsenaServer, http: FrontServer | None, remains: Remains) -> None:
-        """What is left of the old server."""
-        before, old._retiring = old._retiring, None
+    async def _bury(self, old: AsenaServer, http: FrontServer | None, leftovers: Leftovers) -> None:
+        """End what is left of the old server."""
+        before, old._burying = old._burying, None
         if before is not None:
             await before
-        await self._site.bury(remains)
+        await bury(leftovers, self._site)
         if http is not None:
             await http.front.dismiss()
         old._door = None
@@ -778,7 +782,7 @@ class AsenaServer:
                 return
         timeout = min(timeout, _FOREVER)
         deadline = time.monotonic() + timeout + _SLACK
-        with _lock_within(self._lock, timeout + _SLACK), _turn(self._port, timeout=timeout + _SLACK):
+        with lock_within(self._lock, timeout + _SLACK), turn(self._port, timeout=timeout + _SLACK):
             self._stop_and_wait(timeout, deadline)
 
     def _stop_and_wait(self, timeout: float, deadline: float) -> None:
@@ -795,7 +799,7 @@ class AsenaServer:
             except TimeoutError:
                 self._leave_behind(timeout, door)
                 return
-        self._end_thread(max(_LAST_WORDS, deadline - time.monotonic()))
+        self._end_thread(max(AFTER_CANCEL, deadline - time.monotonic()))
 
     async def aclose(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """Stop like `stop`, awaitable from any loop. In a handler it returns at once.
@@ -838,7 +842,7 @@ class AsenaServer:
             "%s has not stopped within %g s and is left behind; what holds up its loop: %s",
             self,
             timeout,
-            _where(door.thread),
+            held_up_at(door.thread),
         )
 
     def _close_soon(self, timeout: float, patience: float = PATIENCE) -> None:
@@ -850,7 +854,7 @@ class AsenaServer:
         thread = self._thread
         if thread is not None:
             if not thread.stop(timeout=timeout):
-                log.error("the thread of %s goes on; what holds it up: %s", self, _where(thread.ident))
+                log.error("the thread of %s goes on; what holds it up: %s", self, held_up_at(thread.ident))
             if not thread.current:
                 self._thread = None
 
@@ -864,9 +868,9 @@ class AsenaServer:
         deadline = loop.time() + timeout
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
-            await _wait_for(self._opening, deadline, "the start")
-        if self._retiring is not None:
-            await _wait_for(self._retiring, loop.time() + timeout / 2, "the end of the server that this one replaced")
+            await wait_for(self._opening, deadline, "the start")
+        if self._burying is not None:
+            await wait_for(self._burying, loop.time() + timeout / 2, "the end of the server that this one replaced")
         self._state = "stopping"
         _running.discard(self)
         try:
@@ -877,14 +881,14 @@ class AsenaServer:
             if self._http is not None:
                 await _close_http(self._http)
             ending = loop.create_task(self._site.stop(deadline))
-            await _wait_for(ending, max(deadline, loop.time()) + _LAST_WORDS, "stopping its components")
+            await wait_for(ending, max(deadline, loop.time()) + AFTER_CANCEL, "stopping its components")
         finally:
             assert self._door is not None
             self._door.shut()
             self._site.end("the server has stopped: call server.start() again")
             self._stop_listening()
             self._http = None
-            self._opening = self._closing = self._retiring = None
+            self._opening = self._closing = self._burying = None
             self._state = "stopped"
             switching.release(self)
             self._stopped.set()
@@ -1020,78 +1024,6 @@ async def _nothing() -> None:
     """Done as soon as the loop gets to it."""
 
 
-async def _wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:
-    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; if it goes on, it is left behind."""
-    loop = asyncio.get_running_loop()
-    await asyncio.wait([task], timeout=max(0.0, deadline - loop.time()))
-    if not task.done():
-        log.error("%s did not finish in time and is cancelled: %s", what, _frames(task))
-        task.cancel()
-        await asyncio.wait([task], timeout=_LAST_WORDS)
-    if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-        log.error("%s failed", what, exc_info=error)
-
-
-def _frames(task: asyncio.Task[Any]) -> str:
-    """Where a task waits: the innermost of its own frames."""
-    waits: Any = task.get_coro()
-    place = "it has ended"
-    while waits is not None:
-        frame = getattr(waits, "cr_frame", None)
-        if frame is None:
-            break
-        place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
-        waits = getattr(waits, "cr_await", None)
-    return place
-
-
-def _where(thread: int | None) -> str:
-    """What a thread executes, innermost first."""
-    frame = sys._current_frames().get(thread or 0)
-    places = [f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_stack(frame)[-3:]] if frame else []
-    return ", from ".join(reversed(places)) or "nothing: its thread has ended"
-
-
-# Who starts or stops on a port takes turns; by port, as two objects may want the same one.
-_turns: dict[int, threading.RLock] = {}
-
-
-@contextlib.contextmanager
-def _turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
-    """One at a time per port, for as long as ``timeout`` seconds."""
-    if not port:  # any free one: nobody else's
-        yield
-        return
-    lock = _turns.setdefault(port, threading.RLock())
-    if not lock.acquire(timeout=timeout):
-        raise ServerStateError(f"another server is still starting or stopping on port {port}")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# The same for those that start on one loop, which cannot wait for each other by blocking it.
-_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Lock]] = weakref.WeakKeyDictionary()
-
-
-def _queue(port: int) -> contextlib.AbstractAsyncContextManager[Any]:
-    if not port:
-        return contextlib.nullcontext()
-    return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(port, asyncio.Lock())
-
-
-@contextlib.contextmanager
-def _lock_within(lock: threading.RLock, timeout: float) -> Iterator[None]:
-    """Hold the lock of a server; ``timeout``: seconds to wait for it, -1 for as long as it takes."""
-    if not lock.acquire(timeout=timeout):
-        raise ServerStateError("another thread is still starting or stopping this server")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 async def _close_http(http: FrontServer) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
@@ -1125,7 +1057,6 @@ def _stop_all() -> None:
 
 def _close_in_child() -> None:
     """A forked child must not keep the parent's port and connections open, nor wait for its threads."""
-    _turns.clear()
     for server in list(_running):
         for listener in server._listeners:
             os.close(listener.detach())

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .cluster import Cluster, Gap
@@ -30,17 +29,8 @@ log = logging.getLogger("asena_tornado")
 # Seconds for the clients to answer a close before the connection ends without it.
 PATIENCE = 1.0
 STOP_TIMEOUT = 10.0  # seconds
-_LAST_WORDS = 0.5  # seconds for each ``on_close`` when the time is over
+_LAST_CHANCE = 0.5  # seconds for what is cancelled, when the time is over
 _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
-
-
-@dataclass(frozen=True, slots=True)
-class Remains:
-    """What a site had that its successor has not: see `Site.take_over` and `Site.bury`."""
-
-    site: Site
-    gone: list[Namespace]
-    cluster: Cluster | None
 
 
 class Site:
@@ -72,14 +62,14 @@ class Site:
         self._origins = origins
         self._hosts = hosts
         self._max_body_size = max_body_size
-        self._max_buffered_bytes = max_buffered_bytes
+        self.max_buffered_bytes = max_buffered_bytes
         self._until_running = until_running
-        self._transport: Transport = transport or LocalTransport()
-        self._on_gap = on_gap
+        self.transport: Transport = transport or LocalTransport()
+        self.on_gap = on_gap
         self.controllers = self._no_controllers()
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
         self._door: LoopDoor | None = None
-        self._outbox: Outbox | None = None
+        self.outbox: Outbox | None = None
 
     def build(self) -> None:
         """Build the components and their namespaces, once. Raises `InjectionError` and `ConfigurationError`."""
@@ -138,19 +128,20 @@ class Site:
                     "server makes an instance of its own, or another instance"
                 )
             bind(service, namespace)
-        self._outbox = Outbox(door.loop, Ledger(door.loop, self._max_buffered_bytes))
-        self._open_namespaces(door)
+        self.outbox = Outbox(door.loop, Ledger(door.loop, self.max_buffered_bytes))
+        self.open_namespaces(door)
 
-    def _open_namespaces(self, door: LoopDoor) -> None:
-        assert self._outbox is not None
+    def open_namespaces(self, door: LoopDoor) -> None:
+        """Let the namespaces that there are now send through the door, and take handshakes for them."""
+        assert self.outbox is not None
         self._door = self.controllers.door = door
         self.endpoints = {}
         for path, namespace in self.namespaces.items():
-            namespace.open(door, self._outbox)
+            namespace.open(door, self.outbox)
             self.endpoints[path] = Endpoint(
                 door.loop,
                 namespace,
-                outbox=self._outbox,
+                outbox=self.outbox,
                 origins=self._origins,
                 middleware=self._middleware.get(path),
             )
@@ -159,7 +150,7 @@ class Site:
     async def start(self) -> None:
         """Join the cluster and run every ``on_start``. What raises has left nothing started."""
         try:
-            self.cluster = await self._new_cluster(self.namespaces)
+            self.cluster = await self.new_cluster(self.namespaces)
             await self.container.start()
         except BaseException:
             await self.stop()
@@ -184,7 +175,7 @@ class Site:
 
     async def drain(self, deadline: float, patience: float) -> None:
         """Let handlers and requests end, and close every socket with 1001, until ``deadline`` (loop time) at most."""
-        await _close_sockets(list(self.namespaces.values()), deadline, patience, 1001, "the server is stopping")
+        await close_sockets(list(self.namespaces.values()), deadline, patience, 1001, "the server is stopping")
         await self.controllers.drain(deadline)
 
     def end(self, why: str) -> None:
@@ -198,10 +189,11 @@ class Site:
         """Whether the caller is a part of this site, such as a handler."""
         return self._door is not None and serving.get() is self._door
 
-    async def _new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
-        if isinstance(self._transport, LocalTransport) and self._transport.hub is None:
+    async def new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
+        """Join the other nodes with these namespaces; None where there are none."""
+        if isinstance(self.transport, LocalTransport) and self.transport.hub is None:
             return None
-        cluster = Cluster(self._transport, on_gap=self._on_gap, describe=SocketSnapshot.of)
+        cluster = Cluster(self.transport, on_gap=self.on_gap, describe=SocketSnapshot.of)
         cluster.serve(namespaces)
         try:
             await cluster.start()
@@ -210,73 +202,8 @@ class Site:
             raise
         return cluster
 
-    # -- taking over from another site, as a notebook cell does when it is run again
 
-    async def take_over(self, old: Site, door: LoopDoor, check: Callable[[], None]) -> Remains:
-        """Take the place of ``old``, behind the same door. Whatever fails before the switch leaves that as it was.
-
-        ``check`` may raise right before it. The clients of namespaces that both have pass over. What is left of
-        ``old`` is returned, for `bury`.
-        """
-        self.build()
-        if old.cluster is not None and old._transport == self._transport:
-            self._transport = old._transport
-            cluster: Cluster | None = old.cluster
-        else:
-            cluster = await self._new_cluster({})
-        # What the new components send as they start goes to the clients that are taken over.
-        assert old._outbox is not None
-        for path, fresh in self.namespaces.items():
-            namespace = old.namespaces.get(path, fresh)
-            namespace.open(door, old._outbox)
-            bind(fresh.hooks.service, namespace)
-            self.ulak.open(door, [namespace])
-        try:
-            await self.container.start(running=old.container)
-            try:
-                check()
-            except BaseException:
-                await self.container.stop(successor=old.container)
-                raise
-        except BaseException:
-            if cluster is not None and cluster is not old.cluster:
-                await cluster.stop()
-            raise
-        # The switch itself waits for nothing: it falls between two messages.
-        self._outbox = old._outbox
-        self._outbox.ledger.limit = self._max_buffered_bytes
-        gone = []
-        for path, kept in old.namespaces.items():
-            if path in self.namespaces:
-                fresh = self.namespaces[path]
-                self.namespaces[path] = kept
-                kept.replace(fresh.hooks, fresh.options)
-            else:
-                gone.append(kept)
-                old.endpoints[path].closing = True
-        self.cluster, old_cluster, old.cluster = cluster, old.cluster, None
-        if old_cluster is not None and old_cluster is not cluster:
-            old_cluster.serve({})
-        if cluster is not None:
-            cluster.on_gap = self._on_gap
-            cluster.serve(self.namespaces)
-        self._open_namespaces(door)
-        return Remains(old, gone, None if old_cluster is cluster else old_cluster)
-
-    async def bury(self, remains: Remains) -> None:
-        """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
-        old = remains.site
-        deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
-        await _close_sockets(remains.gone, deadline, PATIENCE, 1012, "this namespace no longer exists")
-        await old.controllers.drain(deadline)
-        if remains.cluster is not None:
-            await remains.cluster.stop()
-        await old.container.stop(successor=self.container, until=deadline)
-        old.ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
-        old.namespaces, old.endpoints, old._outbox = {}, {}, None
-
-
-async def _close_sockets(
+async def close_sockets(
     namespaces: Sequence[Namespace], deadline: float, patience: float, code: int, reason: str
 ) -> None:
     """Close every socket once its handler is done, and wait until each ``on_close`` has run; at ``deadline`` (loop
@@ -310,7 +237,7 @@ async def _close_sockets(
         left = [socket for namespace in namespaces for socket in namespace.leaving]
         log.warning("%s sockets did not close in time and are cut off", len(left))
         # Once for what runs, and once more for the on_close that runs then.
-        for seconds in (_LAST_WORDS, _LAST_WORDS / 5):
+        for seconds in (_LAST_CHANCE, _LAST_CHANCE / 5):
             for socket in left:
                 socket._connection.cut_off()
             with contextlib.suppress(TimeoutError):

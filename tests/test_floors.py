@@ -28,6 +28,7 @@ FLOORS = (
     "client",
     "inspector",
     "site",
+    "takeover",
     "server",
     "demo",
     "__main__",

@@ -16,8 +16,11 @@ from .loops import (
 )
 from .reachability import Reach, reach
 from .switching import switching
+from .turns import lock_within, queue, turn
+from .waiting import AFTER_CANCEL, held_up_at, wait_for
 
 __all__ = [
+    "AFTER_CANCEL",
     "Acceptor",
     "LoopDoor",
     "LoopKind",
@@ -25,18 +28,23 @@ __all__ = [
     "Reach",
     "beside",
     "cells",
+    "held_up_at",
     "hold",
     "in_cell",
     "in_empty_context",
     "interruptible",
     "listen",
+    "lock_within",
     "new_event_loop",
     "pass_interrupt_on",
+    "queue",
     "random_bytes",
     "reach",
     "run_nested",
     "running_loop",
     "show_in_cells",
     "switching",
+    "turn",
+    "wait_for",
     "waking",
 ]

@@ -1,0 +1,60 @@
+"""One at a time: who starts or stops a server waits for who does so already, with the same server or port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import ServerStateError
+
+# Who starts or stops on a port takes turns; by port, as two objects may want the same one.
+_turns: dict[int, threading.RLock] = {}
+
+
+@contextlib.contextmanager
+def turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
+    """One at a time per port, for as long as ``timeout`` seconds."""
+    if not port:  # any free one: nobody else's
+        yield
+        return
+    lock = _turns.setdefault(port, threading.RLock())
+    if not lock.acquire(timeout=timeout):
+        raise ServerStateError(f"another server is still starting or stopping on port {port}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# The same for those that start on one loop, which cannot wait for each other by blocking it.
+_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Lock]] = weakref.WeakKeyDictionary()
+
+
+def queue(port: int) -> contextlib.AbstractAsyncContextManager[Any]:
+    """One at a time per port, of those that start on the loop that runs."""
+    if not port:
+        return contextlib.nullcontext()
+    return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(port, asyncio.Lock())
+
+
+@contextlib.contextmanager
+def lock_within(lock: threading.RLock, timeout: float) -> Iterator[None]:
+    """Hold the lock of a server; ``timeout``: seconds to wait for it, -1 for as long as it takes."""
+    if not lock.acquire(timeout=timeout):
+        raise ServerStateError("another thread is still starting or stopping this server")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # In the child there is no thread that could give one back.
+    os.register_at_fork(after_in_child=_turns.clear)
+
+__all__ = ["lock_within", "queue", "turn"]
