@@ -128,7 +128,8 @@ class AsenaServer:
             max_buffered_bytes: Bytes that may wait in the whole server, for clients to take them and for handlers; what
                 waits for many clients counts once. Beyond it, the slowest clients are cut off (1013). None means a
                 quarter of the memory there is.
-            ssl_options: An ``ssl.SSLContext`` of the server's side, for TLS.
+            ssl_options: For TLS, an ``ssl.SSLContext`` of the server's side: ``ssl.create_default_context(
+                ssl.Purpose.CLIENT_AUTH)``, with a certificate loaded by its ``load_cert_chain``.
             public_url: Where browsers reach the server when that is not where it listens, such as behind a proxy;
                 ``{port}`` in it stands for the port.
             transport: What connects the server with other nodes, such as ``RedisTransport("redis://localhost")``. None
