@@ -221,7 +221,7 @@ class AsenaServer:
         return self._state
 
     def _notice_the_end(self) -> None:
-        """A loop that has ended without a stop has taken the server along: say so, and give back what it had."""
+        """A loop that ended without a stop has ended the server, too: log it, and release what it had."""
         door = self._door
         if self._state not in ("starting", "running", "stopping") or door is None:
             return
@@ -594,7 +594,7 @@ class AsenaServer:
         self._listen(http)
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
-        """On a loop that runs this very code: what has to be awaited goes on in a task."""
+        """On the loop that runs this code: what has to be awaited goes on in a task."""
         if old is None:
             self._prepare()
         else:
@@ -735,7 +735,7 @@ class AsenaServer:
         )
 
     def _listen(self, http: FrontServer | None) -> None:
-        """From here on clients are let in. Nothing of this fails."""
+        """From here on clients are accepted. Nothing here fails."""
         if beside():
             switching.request(self, self._switch_interval)
             for listener in self._listeners:
@@ -836,7 +836,7 @@ class AsenaServer:
             await asyncio.shield(self._closing)
 
     def _leave_behind(self, timeout: float, door: LoopDoor) -> None:
-        """It stops when it gets to it: nothing more can be done about a thread that does not give way."""
+        """It stops when its loop is free again: nothing more can be done about a thread that is blocked."""
         if self._state == "running":
             self._state = "stopping"
         log.error(
@@ -1022,7 +1022,7 @@ class AsenaServer:
 
 
 async def _nothing() -> None:
-    """Done as soon as the loop gets to it."""
+    """Returns as soon as the loop runs it."""
 
 
 async def _close_http(http: FrontServer) -> None:

@@ -34,7 +34,7 @@ _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others ar
 
 
 class Site:
-    """The components of one server and what they answer for. Built once; opened for each start, on its loop."""
+    """The components of one server and what they serve. Built once; opened for each start, on its loop."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Site:
         self.ulak.open(door, self.namespaces.values())
 
     async def start(self) -> None:
-        """Join the cluster and run every ``on_start``. What raises has left nothing started."""
+        """Join the cluster and run every ``on_start``. If one raises, nothing is left started."""
         try:
             self.cluster = await self.new_cluster(self.namespaces)
             await self.container.start()

@@ -45,8 +45,8 @@ class ChannelOwner(Protocol):
 class Channel(Protocol):
     """One connection's bytes.
 
-    ``waiting`` is how many the system has not taken yet. ``send`` is the socket's own, for who writes to thousands
-    in a row and reports with `sent` what became of it; it is None whenever `write` has to be used instead.
+    ``waiting`` is how many the system has not taken yet. ``send`` is the socket's own, for code that writes to
+    thousands in a row and reports with `sent` what became of it; it is None whenever `write` has to be used instead.
     """
 
     waiting: int
@@ -189,7 +189,7 @@ class SocketChannel:
                 self._owner.channel_drained()
 
     def pause(self) -> None:
-        """Stop reading, so that the client's TCP feels it."""
+        """Stop reading, so that TCP slows the client down."""
         if self._reading:
             self._reading = False
             self._loop.remove_reader(self._fd)
@@ -254,7 +254,7 @@ class SocketChannel:
 
 
 def _whole(data: memoryview | bytes) -> bytes:
-    """What a view shows a part of."""
+    """The buffer that a memoryview shows a part of."""
     return data.obj if isinstance(data, memoryview) else data  # type: ignore[return-value]  # views of bytes
 
 

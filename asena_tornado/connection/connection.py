@@ -207,7 +207,7 @@ class Connection:
     # -- what is sent
 
     def send(self, message: Message) -> bool:
-        """Owe the message to the client; False if it was not taken."""
+        """Queue the message for the client; False if it was not taken."""
         if self.state is not ReadyState.OPEN:
             return False
         deflate = self.deflate
@@ -280,7 +280,7 @@ class Connection:
         return self._dispatch.size + self._parser.pending
 
     def shed(self) -> None:
-        """The whole server has too much that waits: give up what waits because of this client."""
+        """Too much waits in the whole server: give up what waits because of this client."""
         if self.state is ReadyState.OPEN:
             self.code, self.reason = 1013, "too slow: the server's limit of waiting bytes is reached"
             self._dispatch.clear()
@@ -303,7 +303,7 @@ class Connection:
 
     @property
     def last_error(self) -> str | None:
-        """The last that a hook raised, in one line."""
+        """The last error that a hook raised, in one line."""
         return self._dispatch.last_error
 
     @property
@@ -372,14 +372,14 @@ class Connection:
         self.channel.give_up()
 
     def cut_off(self) -> None:
-        """Out of time: abort, and cancel whatever handler still runs."""
+        """The time is over: abort, and cancel a handler that still runs."""
         if self._planned is not None and self.code is None:
             self.code, self.reason = self._planned
         self.channel.abort()
         self._dispatch.cancel()
 
     def _after_messages(self, act: Callable[..., None], *args: Any) -> None:
-        """End what is to end, but behind the messages that came before: what answers them at once is still sent."""
+        """End the connection, but after the messages that came before: immediate answers to them are still sent."""
         self._parser.end()
         if self._dispatch.waiting:
             self._loop.call_soon(act, *args)
@@ -421,7 +421,7 @@ class Connection:
             self.channel.finish()
 
     def _leave(self) -> None:
-        """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
+        """From here on nothing addresses the socket; ``on_close`` still sees its rooms."""
         if self.state is ReadyState.OPEN:
             self._namespace.release(self.socket, self.code or 1006, self.reason)
             self._release_rooms()

@@ -22,7 +22,7 @@ log = logging.getLogger("asena_tornado")
 
 
 class Source(Protocol):
-    """A connection, as far as its messages are concerned."""
+    """A connection, as the dispatch sees it."""
 
     state: ReadyState
     socket: Socket[Any]
@@ -201,7 +201,7 @@ class Dispatch:
             self._task.cancel()
 
     def cancel(self) -> None:
-        """Cancel whatever handler runs."""
+        """Cancel a handler that runs."""
         if self._task is not None:
             self._task.cancel()
 

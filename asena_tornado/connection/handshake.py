@@ -90,7 +90,7 @@ class Handshake:
         self._hurried = False
 
     async def ask_middleware(self) -> None:
-        """Run what is in front of the upgrade. Raises `Answered` with the response when it does not let pass."""
+        """Run the middleware before the upgrade. Raises `Answered` with the response when it refuses."""
         endpoint = self._endpoint
         if endpoint.middleware is None:
             return
@@ -108,13 +108,13 @@ class Handshake:
         self._values = context.websocket_value(self._query)
 
     def hurry(self) -> None:
-        """Middleware has had all the time there is."""
+        """The time for middleware is over."""
         if self._limit is not None and not self._limit.expired():
             self._hurried = True
             self._limit.reschedule(self._endpoint.loop.time())
 
     def accept(self) -> None:
-        """The last checks. Raises `Refusal`; afterwards `upgrade` cannot fail but for a client that is gone."""
+        """The last checks. Raises `Refusal`; afterwards `upgrade` fails only for a client that is gone."""
         namespace = self._endpoint.namespace
         values, from_query = self._values
         try:
@@ -242,7 +242,7 @@ def _refused(endpoint: Endpoint, request: HTTPServerRequest, response: Response)
 
 
 class Front(HTTPServerConnectionDelegate):
-    """What our own HTTP server asks first: handshakes are answered here, all else goes on to the application.
+    """What our own HTTP server asks first: handshakes are answered here, the rest by the application.
 
     Tornado parses the request; a handshake then needs neither routing nor a request handler, which is most of what
     it would cost.
@@ -294,7 +294,7 @@ class _SecureStream(_Stream, SSLIOStream):
 
 
 class FrontServer(HTTPServer):
-    """Tornado's HTTP server for a `Front`, but for how it accepts connections and how it ends them.
+    """Tornado's HTTP server for a `Front`, with our own way to accept connections and to end them.
 
     A client that takes nothing of its answer for as long as a request may take to arrive is cut off. Who waits for
     an answer to a handshake when everything is closed is answered before.

@@ -14,7 +14,7 @@ from .ledger import Ledger
 
 
 class Watched(Protocol):
-    """A connection, as far as its time limits are concerned. Times are the loop's."""
+    """A connection, as the keepalive sees it. Times are the loop's."""
 
     state: ReadyState
     channel: Channel
@@ -29,7 +29,7 @@ class Watched(Protocol):
 
     @property
     def paused(self) -> bool:
-        """Whether it is we who do not read."""
+        """Whether we have stopped reading."""
         ...
 
     @property
@@ -55,7 +55,7 @@ class Watched(Protocol):
         ...
 
     def shed(self) -> None:
-        """The server has too much that waits: go."""
+        """Too much waits in the server: give this connection up."""
         ...
 
 

@@ -15,7 +15,7 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 class Holder(Protocol):
-    """A connection, as far as the ledger is concerned."""
+    """A connection, as the ledger sees it."""
 
     @property
     def held_bytes(self) -> int:

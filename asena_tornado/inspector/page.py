@@ -45,7 +45,7 @@ class _Handler(DiscreetHandler):
         return hmac.compare_digest(token.encode(), self._view.desk.token.encode())
 
     def check_xsrf_cookie(self) -> None:
-        """No cookie is used, so nobody can make a browser act with one: the page sends its token itself."""
+        """No cookie is used that another page could misuse: the page sends its token itself."""
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self.set_header("Content-Type", "text/plain; charset=UTF-8")

@@ -22,7 +22,7 @@ PATIENCE = 5.0  # seconds that a look or an action waits for the server's loop
 
 
 class Actor(Protocol):
-    """Who acts on sockets and rooms: the `Inspector`, as far as the live view is concerned."""
+    """What acts on sockets and rooms: the `Inspector`, as the live view sees it."""
 
     def __getitem__(self, namespace: str) -> Self: ...
     def to(self, room: str | Iterable[str], data: object, *, namespace: str | None = None) -> Receipt: ...
@@ -34,7 +34,7 @@ class Actor(Protocol):
 
 
 class Inspected(Protocol):
-    """A server, as far as the inspector is concerned."""
+    """A server, as the inspector sees it."""
 
     @property
     def state(self) -> str: ...
@@ -113,7 +113,7 @@ class Subject:
         return scope[0]
 
     def socket(self, id: str | SocketSnapshot) -> tuple[Namespace, Socket[Any]]:
-        """The socket whose id this is, or begins so, and its namespace. Raises `SocketNotFoundError`."""
+        """The one socket whose id is or begins with this, and its namespace. Raises `SocketNotFoundError`."""
         wanted = id if isinstance(id, str) else id.id
         found = {s.id: (n, s) for n in self.scope() for s in n.sockets.values() if s.id.startswith(wanted)}
         return found[full_id(wanted, found, self.where)]

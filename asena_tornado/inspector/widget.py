@@ -30,7 +30,7 @@ class _Session:
 
 
 class Table(Protocol):
-    """What shows itself without widgets."""
+    """What is shown without widgets."""
 
     def _repr_html_(self) -> str: ...
 
@@ -74,7 +74,7 @@ class Link:
 
     @property
     def views(self) -> int:
-        """How many displays are taken to be open."""
+        """How many displays are open, as far as is known."""
         return len(self._sessions)
 
     def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:

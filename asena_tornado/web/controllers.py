@@ -351,7 +351,7 @@ def _shape(route: _Route) -> list[str]:
 
 
 def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]:
-    """The method as something to call with the context, which it may do without."""
+    """The method as a function of the context, which the method may leave out."""
     signature = inspect.signature(method)
     for takes, handler in (((None,), method), ((), lambda _: method())):
         try:

@@ -203,7 +203,7 @@ class EventLog:
     def __init__(
         self, path: str, *, limit: int = 1000, watched_changed: Callable[[bool], None] = lambda watched: None
     ) -> None:
-        """``watched_changed`` is told when somebody begins to look, and when nobody does any more; on any thread."""
+        """``watched_changed`` is called when the first begins to look and when the last ends; on any thread."""
         self._path = path
         self._watched_changed = watched_changed
         # Apart, so that traffic does not push out the last error.
@@ -441,7 +441,7 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 def _first(rooms: Collection[str]) -> tuple[tuple[str, ...], str]:
-    """Those that are kept, and what to say of the others."""
+    """Those that are kept, and a text about the others."""
     if len(rooms) * _STRING_SIZE <= _MAX_ROOM_BYTES and sum(map(len, rooms)) <= _MAX_ROOM_BYTES // 2:
         return tuple(rooms), ""
     size = 0

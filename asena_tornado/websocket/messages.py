@@ -250,7 +250,7 @@ _COLLECTIONS = frozenset(("list", "set", "frozenset", "tuple", "dict", "deque", 
 
 
 def _failing_fast(schema: Any) -> Any:
-    """A copy of a core schema whose collections stop at their first error; older pydantics do so but for dicts."""
+    """A copy of a core schema whose collections stop at their first error. (Older pydantics do not for dicts.)"""
     if isinstance(schema, list | tuple):
         return type(schema)(map(_failing_fast, schema))
     if not isinstance(schema, Mapping):
@@ -275,7 +275,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare(annotation: Any) -> Any:
-    """The type itself, without what is noted beside it and by whatever name it goes."""
+    """The type itself, without annotations and behind any alias."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]

@@ -290,7 +290,7 @@ def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
 
 
 def _needed(annotation: Any, cls: type, where: str) -> Any:
-    """The annotation, resolved at the latest now."""
+    """The annotation, resolved now if it is not yet."""
     if isinstance(annotation, str):
         annotation = _resolve(annotation, cls, {})
     if isinstance(annotation, str):

@@ -80,7 +80,7 @@ class Wire(Protocol):
 
     @property
     def last_error(self) -> str | None:
-        """The last that a hook raised, in one line."""
+        """The last error that a hook raised, in one line."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class Wire(Protocol):
         ...
 
     def send(self, message: Message) -> bool:
-        """Owe the message to the client; False if it was not taken."""
+        """Queue the message for the client; False if it was not taken."""
         ...
 
     def ping(self, payload: bytes) -> None:
