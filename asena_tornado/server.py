@@ -247,6 +247,7 @@ class AsenaServer:
             for socket in (*namespace.sockets.values(), *namespace.leaving):
                 socket._connection.abandon()
             namespace.forget_everybody()
+        self._site.stop_reading()
 
     @property
     def port(self) -> int:
@@ -559,7 +560,8 @@ class AsenaServer:
         if self._http is not None:
             self._http.stop()
             self._http = None
-        self._end_thread()  # which may still be about to listen
+        self._end_thread()  # which may still be about to listen, or to watch sockets
+        self._site.stop_reading()
         self._stop_listening()
         self._opening = None
 

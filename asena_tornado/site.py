@@ -183,6 +183,12 @@ class Site:
         for namespace in self.namespaces.values():
             namespace.events.end()
         self.ulak.close(why)
+        self.stop_reading()
+
+    def stop_reading(self) -> None:
+        """Close what watches the sockets; from any thread, also in a forked child, whose sockets are its parent's."""
+        if self.outbox is not None:
+            self.outbox.close()
 
     @property
     def handling(self) -> bool:

@@ -122,6 +122,8 @@ def ports_to(url: str) -> list[int]:
 async def answer(server: Any, url: str, question: str) -> Any:
     if question == "state":
         return await state(server)
+    if question == "nodes":
+        return [node.id for node in server.cluster.nodes]
     if question == "sync":
         # From now on this node hears everything that is published to the rooms of its clients.
         await server.cluster.transport.sync()

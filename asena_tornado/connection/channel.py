@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
 
 from .ledger import Ledger
+from .reader import Reader
 
 # One read takes what gathered meanwhile, up to here: thousands of tiny frames in one chunk would hold up the others.
 _READ_SIZE = 64 * 1024
 _JOIN_BELOW = 64 * 1024
+_RECORDS = 4  # of TLS, of 16 KiB each, that are read in one turn
 _VECTOR = 64  # chunks per sendmsg, well below every system's IOV_MAX
 
 _buffers = threading.local()
@@ -74,16 +77,20 @@ class SocketChannel:
         "_ledger",
         "_loop",
         "_owner",
+        "_reader",
         "_reading",
         "_sock",
-        "_told_once",
         "send",
         "waiting",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, ledger: Ledger) -> None:
+    # What says that there is nothing to read, or no room to write, just now.
+    AGAIN: ClassVar[tuple[type[OSError], ...]] = (BlockingIOError, InterruptedError)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, ledger: Ledger, reader: Reader) -> None:
         self._loop = loop
         self._ledger = ledger
+        self._reader = reader
         self._sock = sock
         self._fd = sock.fileno()
         self.send: Callable[[bytes], int] | None = sock.send
@@ -91,8 +98,6 @@ class SocketChannel:
         self._backlog: deque[memoryview | bytes] | None = None
         self._reading = False
         self._ending: str | None = None  # "shut" or "close" once the backlog is written
-        # uvloop reports a reset once, and not again after what had come before it has been read.
-        self._told_once = type(loop).__module__.startswith("uvloop")
         self.waiting = 0
 
     def start(self, owner: ChannelOwner, received: bytes) -> None:
@@ -113,10 +118,6 @@ class SocketChannel:
             return
         if size:
             self._owner.data_received(bytes(view[:size]))  # type: ignore[union-attr]  # started, so it is there
-            if self._told_once and self._fd >= 0:
-                number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if number:
-                    self._lost(OSError(number, os.strerror(number)))
         else:
             self._lost(None)
 
@@ -138,7 +139,7 @@ class SocketChannel:
 
     def sent(self, data: bytes, size: int, error: OSError | None = None) -> None:
         """``send`` took only ``size`` bytes, or raised: keep the rest."""
-        if error is not None and not isinstance(error, BlockingIOError | InterruptedError):
+        if error is not None and not isinstance(error, self.AGAIN):
             # The caller may be in the middle of a room: let it finish before the owner hears of it.
             self.send = None
             self._loop.call_soon(self._lost, error)
@@ -148,6 +149,13 @@ class SocketChannel:
         self._ledger.owe(data)
         self.waiting = len(data) - size
         self.send = None
+        if error is None:
+            self._loop.add_writer(self._fd, self._writable)
+        else:
+            self._again(error)
+
+    def _again(self, error: OSError) -> None:
+        """Nothing can be written just now."""
         self._loop.add_writer(self._fd, self._writable)
 
     def _writable(self) -> None:
@@ -155,13 +163,9 @@ class SocketChannel:
         if backlog is None:
             return
         try:
-            if len(backlog) == 1:
-                sent = self._sock.send(backlog[0])
-            elif self.waiting < _JOIN_BELOW:
-                sent = self._sock.send(b"".join(backlog))
-            else:
-                sent = self._sock.sendmsg([backlog[i] for i in range(min(len(backlog), _VECTOR))])
-        except (BlockingIOError, InterruptedError):
+            sent = self._send_some(backlog)
+        except self.AGAIN as error:
+            self._again(error)
             return
         except OSError as error:
             self._lost(error)
@@ -188,17 +192,24 @@ class SocketChannel:
             elif self._owner is not None:
                 self._owner.channel_drained()
 
+    def _send_some(self, backlog: deque[memoryview | bytes]) -> int:
+        if len(backlog) == 1:
+            return self._sock.send(backlog[0])
+        if self.waiting < _JOIN_BELOW:
+            return self._sock.send(b"".join(backlog))
+        return self._sock.sendmsg([backlog[i] for i in range(min(len(backlog), _VECTOR))])
+
     def pause(self) -> None:
         """Stop reading, so that TCP slows the client down."""
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._fd)
+            self._reader.discard(self._fd)
 
     def resume(self) -> None:
         """Read (again)."""
         if not self._reading and self._fd >= 0:
             self._reading = True
-            self._loop.add_reader(self._fd, self._readable)
+            self._reader.add(self._fd, self._readable)
 
     def shut(self) -> None:
         """Say that no more will be sent, once all is sent; go on reading until the client has closed too."""
@@ -253,13 +264,95 @@ class SocketChannel:
             owner.channel_lost(error)
 
 
+class TlsChannel(SocketChannel):
+    """The same over TLS: Python's own ``ssl`` socket, read and written directly.
+
+    TLS has buffers of its own: what it has decrypted is nothing that the system reports, and a write may have to wait
+    for something to be read, or a read for something to be written, as when keys are changed.
+    """
+
+    __slots__ = ("_read_waits", "_write_waits")
+
+    AGAIN: ClassVar[tuple[type[OSError], ...]] = (*SocketChannel.AGAIN, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+    _sock: ssl.SSLSocket
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: ssl.SSLSocket, ledger: Ledger, reader: Reader) -> None:
+        super().__init__(loop, sock, ledger, reader)
+        self._read_waits = False  # for a write
+        self._write_waits = False  # for a read
+
+    def start(self, owner: ChannelOwner, received: bytes) -> None:
+        """Begin to read; ``received`` is what had already arrived."""
+        super().start(owner, received)
+        self._loop.call_soon(self._readable)  # more may have been decrypted than Tornado has read
+
+    def _readable(self) -> None:
+        if self._write_waits:
+            self._write_waits = False
+            self._watch_writing()
+        view = _shared_buffer()
+        for _ in range(_RECORDS):
+            if not self._reading:
+                return  # paused, or lost, by what was read
+            try:
+                size = self._sock.recv_into(view)
+            except ssl.SSLWantWriteError:
+                self._read_waits = True
+                self._watch_writing()
+                return
+            except self.AGAIN:
+                return
+            except OSError as error:
+                self._lost(None if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError) else error)
+                return
+            if not size:
+                self._lost(None)
+                return
+            self._owner.data_received(bytes(view[:size]))  # type: ignore[union-attr]  # started, so it is there
+            if self._fd < 0 or not self._sock.pending():
+                return
+        self._loop.call_soon(self._readable)
+
+    def resume(self) -> None:
+        """Read (again), also what is decrypted already."""
+        if not self._reading and self._fd >= 0:
+            super().resume()
+            if self._owner is not None:
+                self._loop.call_soon(self._readable)
+
+    def _again(self, error: OSError) -> None:
+        if isinstance(error, ssl.SSLWantReadError):
+            self._write_waits = True
+            self._loop.remove_writer(self._fd)
+        else:
+            self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        self._loop.add_writer(self._fd, self._writable)
+
+    def _writable(self) -> None:
+        if self._read_waits:
+            self._read_waits = False
+            if self._backlog is None:
+                self._loop.remove_writer(self._fd)
+            self._readable()
+        super()._writable()
+
+    def _send_some(self, backlog: deque[memoryview | bytes]) -> int:
+        return self._sock.send(backlog[0])  # what could not be written has to come again as it was
+
+    def shut(self) -> None:
+        """TLS has no half-close that clients honour: reading goes on until they close, or the time limit."""
+
+
 def _whole(data: memoryview | bytes) -> bytes:
     """The buffer that a memoryview shows a part of."""
     return data.obj if isinstance(data, memoryview) else data  # type: ignore[return-value]  # views of bytes
 
 
 class StreamChannel:
-    """The same over a Tornado stream: for TLS, and for loops that cannot watch a socket (Windows' proactor)."""
+    """The same over a Tornado stream: for loops that cannot watch a socket (Windows' proactor)."""
 
     send: Callable[[bytes], int] | None = None  # there is more to do than to send
 

@@ -36,6 +36,7 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
+        "_afterwards",
         "_close_timer",
         "_dispatch",
         "_events",
@@ -95,6 +96,7 @@ class Connection:
         self._keepalive = keepalive
         self._inflation = inflation
         self.deflate = deflate
+        self._afterwards: tuple[Callable[..., None], tuple[Any, ...]] | None = None
         self._dispatch = Dispatch(loop, self, namespace=namespace, options=options, keepalive=keepalive)
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)
         self._limit = options.max_buffered_bytes
@@ -142,6 +144,7 @@ class Connection:
                 self.channel.pause()
                 if parser.inflating:
                     self._inflation.add(self)
+        self._proceed()
 
     def ping_received(self, payload: bytes) -> None:
         """Answer at once, however busy the handler is; but a client that reads no answers gets no more of them."""
@@ -382,9 +385,16 @@ class Connection:
         """End the connection, but after the messages that came before: immediate answers to them are still sent."""
         self._parser.end()
         if self._dispatch.waiting:
-            self._loop.call_soon(act, *args)
+            self._afterwards = act, args
         else:
             act(*args)
+
+    def _proceed(self) -> None:
+        """Have what arrived handled, and after it end what is to end."""
+        self._dispatch.proceed()
+        if self._afterwards is not None:
+            (act, args), self._afterwards = self._afterwards, None
+            self._loop.call_soon(act, *args)
 
     def _fail(self, error: ProtocolError) -> None:
         """Fail the connection (RFC 6455 §7.1.7): say why, send no more, and let the client go."""
@@ -453,10 +463,12 @@ class Connection:
     def inflate(self, allowance: int) -> int:
         """Go on inflating a large message; for `InflationQueue`."""
         try:
-            return self._parser.inflate(allowance)
+            left = self._parser.inflate(allowance)
         except ProtocolError as error:
             self._after_messages(self._fail, error)
-            return allowance
+            left = allowance
+        self._proceed()
+        return left
 
     def parse_on(self) -> None:
         """Parse what waited, and read on."""
@@ -464,8 +476,9 @@ class Connection:
             self._parser.go_on()
         except ProtocolError as error:
             self._after_messages(self._fail, error)
-            return
-        self._resume()
+        else:
+            self._resume()
+        self._proceed()
 
     def _resume(self) -> None:
         if self._parser.inflating:

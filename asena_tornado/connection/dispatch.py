@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
+from asyncio import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from inspect import isawaitable, iscoroutine
 from typing import Any, Protocol
 
@@ -19,6 +21,9 @@ from ..websocket.sockets import ReadyState, Socket
 from .keepalive import Keepalive
 
 log = logging.getLogger("asena_tornado")
+
+# Messages of one client that are handled before everybody else on the loop has a turn.
+_AT_ONCE = 64
 
 
 class Source(Protocol):
@@ -56,6 +61,8 @@ class Dispatch:
 
     __slots__ = (
         "_background",
+        "_begun",
+        "_context",
         "_done",
         "_full",
         "_inbox",
@@ -93,6 +100,8 @@ class Dispatch:
         self._full = False
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None  # while the task waits for a message
+        self._context: contextvars.Context | None = None  # the task's
+        self._begun: Awaitable[None] | None = None  # what the task is to go on with: a handler that has to wait
         self._stopping = False
         self._done: tuple[Callable[[], None], float] | None = None  # see `when_done`, and the loop's time
         self._timer: asyncio.TimerHandle | None = None
@@ -103,12 +112,13 @@ class Dispatch:
 
     def start(self) -> None:
         """Run ``on_open``."""
-        self._task = self._loop.create_task(self._serve())
+        self._context = contextvars.copy_context()
+        self._task = self._loop.create_task(self._serve(), context=self._context)
 
     # -- what arrives
 
     def message_received(self, data: str | bytes) -> None:
-        """A whole message, from the parser."""
+        """A whole message, from the parser; `proceed` has to follow."""
         source = self._source
         if source.state is not ReadyState.OPEN:
             return
@@ -128,10 +138,60 @@ class Dispatch:
             else:
                 self._full = True
                 source.hold()
+
+    def proceed(self) -> None:
+        """After `message_received`, once or several times: handle what has arrived, or have the task do it.
+
+        A handler begins without waiting for the task's turn, but as the task: it finds what it would find there,
+        ``asyncio.current_task()``, its context variables, its place in the order. When one has to wait, or when there
+        is much to do, the task goes on with it.
+        """
         wake = self._wake
-        if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
-            self._wake = None
+        if wake is None or not self._inbox or wake.done():  # done: cancelled with the task, which has not run since
+            return
+        task, context = self._task, self._context
+        begun: Awaitable[None] | None = None
+        if asyncio.current_task(self._loop) is None and task is not None and context is not None:
+            self._wake = None  # what arrives meanwhile has to wait
+            _enter_task(self._loop, task)
+            try:
+                begun = context.run(self._begin)
+            finally:
+                _leave_task(self._loop, task)
+            rest = begun is not None or self._inbox or self._full or self._stopping or self._done is not None
+            if not rest and not wake.done():
+                self._wake = wake
+                return
+        self._wake = None
+        self._begun = begun
+        if not wake.done():
             wake.set_result(None)
+
+    def _begin(self) -> Awaitable[None] | None:
+        """Handle messages as far as that is possible without waiting; what is left to do of the last one."""
+        inbox, socket, namespace = self._inbox, self._source.socket, self._namespace
+        for _ in range(_AT_ONCE):
+            if not inbox:
+                break
+            data = inbox.popleft()
+            self.size -= len(data)
+            hooks = namespace.hooks
+            try:
+                result = hooks.message(socket, hooks.decode(data))
+                if result is None or not isawaitable(result):
+                    continue
+                if not iscoroutine(result):
+                    return result
+            except BaseException as error:
+                return _Failed(error)
+            try:
+                waits_for = result.send(None)
+            except StopIteration:
+                continue
+            except BaseException as error:
+                return _Failed(error)
+            return _Begun(result, waits_for)
+        return None
 
     def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""
@@ -238,7 +298,15 @@ class Dispatch:
         if namespace.hooks.open is not None:
             await self._run(namespace.hooks.open, socket)
         while True:
-            while inbox:
+            while inbox or self._full:
+                if not inbox:
+                    if self._done is not None:
+                        break
+                    # A chunk may hold thousands of messages: others get their turn in between.
+                    await asyncio.sleep(0)
+                    self._full = False
+                    source.release()
+                    continue
                 data = inbox.popleft()
                 self.size -= len(data)
                 hooks = namespace.hooks
@@ -251,17 +319,34 @@ class Dispatch:
                     await self._run(hooks.invalid, socket, error)
                 except BaseException as error:
                     await self._handler_failed(error)
-                if self._full and not inbox and self._done is None:
-                    # A chunk may hold thousands of messages: others get their turn in between.
-                    await asyncio.sleep(0)
-                    self._full = False
-                    source.release()
             if self._done is not None and source.state is ReadyState.OPEN:
                 self._now_done()
             if self._stopping:
                 return
-            self._wake = self._loop.create_future()
-            await self._wake
+            self._wake = wake = self._loop.create_future()
+            try:
+                await wake
+            except asyncio.CancelledError as error:
+                if self._begun is None:
+                    raise
+                await self._go_on(error)
+            else:
+                if self._begun is not None:
+                    await self._go_on()
+
+    async def _go_on(self, cancelled: asyncio.CancelledError | None = None) -> None:
+        """With the handler that was begun; ``cancelled``: the task was, meanwhile."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        try:
+            if cancelled is not None:
+                begun = begun.after(cancelled) if isinstance(begun, _Begun) else _Failed(cancelled)
+            await begun
+        except InvalidMessageError as error:
+            self._note(error)
+            await self._run(self._namespace.hooks.invalid, self._source.socket, error)
+        except BaseException as error:
+            await self._handler_failed(error)
 
     async def _run_on_close(self) -> None:
         source, namespace = self._source, self._namespace
@@ -319,6 +404,67 @@ class Dispatch:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+class _Begun:
+    """The rest of a coroutine that waits for something."""
+
+    __slots__ = ("_coroutine", "_waits_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for
+        except BaseException as error:
+            yield from self._throw(error)
+        else:
+            yield from self._coroutine.__await__()
+
+    def after(self, error: BaseException) -> Awaitable[None]:
+        """The rest of it, where it is not to go on but to raise the error."""
+        return _Rest(self._throw(error))
+
+    def _throw(self, error: BaseException) -> Generator[Any, Any, None]:
+        while True:
+            try:
+                waits_for = self._coroutine.throw(error)
+            except StopIteration:
+                return
+            try:
+                yield waits_for
+            except BaseException as another:
+                error = another
+            else:
+                break
+        yield from self._coroutine.__await__()
+
+
+class _Rest:
+    __slots__ = ("_generator",)
+
+    def __init__(self, generator: Generator[Any, Any, None]) -> None:
+        self._generator = generator
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._generator
+
+
+class _Failed:
+    """A handler that has raised."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    async def _raise(self) -> None:
+        raise self._error
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._raise().__await__()
 
 
 __all__ = ["Dispatch", "Source"]

@@ -7,6 +7,7 @@ import base64
 import logging
 import re
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from http.client import responses
 from typing import Any
@@ -34,11 +35,10 @@ from ..websocket.messages import validation_errors
 from ..websocket.namespace import Namespace
 from ..websocket.options import WebSocketOptions
 from ..websocket.sockets import Socket, SocketData
-from .channel import Channel, SocketChannel, StreamChannel
+from .channel import Channel, SocketChannel, StreamChannel, TlsChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
 from .keepalive import Keepalive
-from .ledger import Ledger
 from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
@@ -147,7 +147,7 @@ class Handshake:
         assert client is not None
         agreed = self._negotiate()
         try:
-            channel, received = _take_over(stream, endpoint.loop, self._answer(agreed), endpoint.outbox.ledger)
+            channel, received = _take_over(stream, endpoint.loop, self._answer(agreed), endpoint.outbox)
         except (StreamClosedError, OSError):
             stream.close()
             return
@@ -502,14 +502,14 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
 
 
 def _take_over(
-    stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes, ledger: Ledger
+    stream: IOStream, loop: asyncio.AbstractEventLoop, answer: bytes, outbox: Outbox
 ) -> tuple[Channel, bytes]:
     """Answer, and make the connection ours; returns what the client sent early along with it."""
     if stream.closed():
         raise StreamClosedError
     stream.set_nodelay(True)
-    if isinstance(stream, SSLIOStream) or not hasattr(loop, "add_reader"):
-        channel = StreamChannel(stream, ledger)
+    if not hasattr(loop, "add_reader"):
+        channel = StreamChannel(stream, outbox.ledger)
         channel.write(answer)
         return channel, b""
     # A partial read gives what the stream has buffered, in one piece. To ask in vain would register with the poller,
@@ -523,9 +523,14 @@ def _take_over(
             early.add_done_callback(lambda read: read.cancelled() or read.exception())
     # The stream is forgotten, not closed: a closed one would take the socket along.
     stream.io_loop.remove_handler(stream.fileno())
-    plain = SocketChannel(loop, hold(stream.socket) if beside() else stream.socket, ledger)
-    plain.write(answer)
-    return plain, received
+    sock = stream.socket
+    taken: SocketChannel
+    if isinstance(sock, ssl.SSLSocket):
+        taken = TlsChannel(loop, sock, outbox.ledger, outbox.reader)
+    else:
+        taken = SocketChannel(loop, hold(sock) if beside() else sock, outbox.ledger, outbox.reader)
+    taken.write(answer)
+    return taken, received
 
 
 def websocket_routes(

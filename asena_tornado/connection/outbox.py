@@ -18,6 +18,7 @@ from ..websocket.sockets import Socket
 from .channel import Channel
 from .deflate import Deflate
 from .ledger import Ledger
+from .reader import Reader
 
 # Past this many gathered bytes waiting for the next turn only costs memory.
 _FLUSH_AT = 256 * 1024
@@ -90,7 +91,7 @@ class Batch:
 class Outbox:
     """All that one loop's connections owe. Used on that loop only."""
 
-    __slots__ = ("_dirty", "_loop", "_open", "_scheduled", "ledger")
+    __slots__ = ("_dirty", "_loop", "_open", "_scheduled", "ledger", "reader")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ledger: Ledger) -> None:
         self._loop = loop
@@ -98,6 +99,15 @@ class Outbox:
         self._open: Batch | None = None
         self._dirty: list[Debtor] = []
         self._scheduled = False
+        self.reader = Reader(loop, self)
+
+    def close(self) -> None:
+        """Nothing is read any more; what is sent still goes out."""
+        self.reader.close()
+
+    def gather(self) -> None:
+        """Write nothing until `gathered` is called, which will be soon."""
+        self._scheduled = True
 
     def publish(
         self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
@@ -119,7 +129,7 @@ class Outbox:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._tick)
+            self._loop.call_soon(self.gathered)
 
     def send(self, connection: Debtor, frame: bytes, count: int = 1) -> None:
         """Owe the frame to one connection; ``count`` is 0 for a control frame."""
@@ -130,7 +140,7 @@ class Outbox:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._tick)
+            self._loop.call_soon(self.gathered)
 
     def settle(self, socket: Socket) -> None:
         """Fix what the socket's connection is owed so far."""
@@ -181,7 +191,8 @@ class Outbox:
                     plain = batch.share(connection, None, made)
                 self._owe(connection, plain, count)
 
-    def _tick(self) -> None:
+    def gathered(self) -> None:
+        """`gather` is over."""
         self._scheduled = False
         self.flush()
 

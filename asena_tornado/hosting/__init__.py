@@ -1,6 +1,6 @@
 """Where a server's loop lives, what it listens on, and how it is reached."""
 
-from .held import hold, random_bytes
+from .held import hold, new_poll, random_bytes
 from .kernel import cells, in_cell, pass_interrupt_on, show_in_cells, waking
 from .listen import Acceptor, listen
 from .loops import (
@@ -36,6 +36,7 @@ __all__ = [
     "listen",
     "lock_within",
     "new_event_loop",
+    "new_poll",
     "pass_interrupt_on",
     "queue",
     "random_bytes",

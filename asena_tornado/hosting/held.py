@@ -218,11 +218,11 @@ def hold(sock: socket.socket) -> socket.socket:
 class HeldEpoll:
     """``select.epoll`` that holds the lock except where it waits: it looks first, and waits if there is nothing."""
 
-    def __init__(self, event: struct.Struct) -> None:
-        """``event``: as `_event_layout` found it."""
+    def __init__(self, event: struct.Struct, *, share: bool = True) -> None:
+        """``event``: as `_event_layout` found it. ``share``: whether each look may pause, for a cell's sake."""
         self._epoll = select.epoll()
         self._fd = self._epoll.fileno()
-        self._share = FairShare()
+        self._share = FairShare() if share else None
         self._event = event
         self._found = ctypes.create_string_buffer(event.size * _MAX_EVENTS)
         self._view = memoryview(self._found).cast("B")
@@ -245,7 +245,8 @@ class HeldEpoll:
 
     def poll(self, timeout: float | None = None, maxevents: int = -1) -> list[tuple[int, int]]:
         """As ``select.epoll.poll``: (descriptor, events) of each that is ready."""
-        self._share.pause()
+        if self._share is not None:
+            self._share.pause()
         count = libc.epoll_wait(self._fd, self._found, _MAX_EVENTS, 0)
         if count > 0:
             event = self._event
@@ -287,7 +288,7 @@ def _event_layout() -> struct.Struct | None:
 class HeldKqueue:
     """``select.kqueue``, likewise."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, share: bool = True) -> None:
         # macOS's struct kevent.
         class Kevent(ctypes.Structure):
             _fields_ = (
@@ -301,13 +302,14 @@ class HeldKqueue:
 
         self._event: Any = Kevent
         self._kqueue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # not on Linux
-        self._share = FairShare()
+        self._share = FairShare() if share else None
         self._found = (Kevent * _MAX_EVENTS)()
         self._no_time = (ctypes.c_long * 2)(0, 0)
 
     def control(self, changes: Any, max_events: int, timeout: float | None = None, /) -> Any:
         """As ``select.kqueue.control``: what is ready, each with ``ident`` and ``filter``."""
-        self._share.pause()
+        if self._share is not None:
+            self._share.pause()
         given = [(each.ident, each.filter, each.flags, each.fflags, each.data, None) for each in changes or ()]
         array = (self._event * len(given))(*given)
         fd = self._kqueue.fileno()
@@ -343,6 +345,16 @@ def _selector() -> selectors.BaseSelector:
         if unused is not None:
             unused.close()
     return selector  # type: ignore[no-any-return]
+
+
+def new_poll(*, held: bool) -> Any:
+    """A ``select.epoll`` or ``select.kqueue``, whichever there is; ``held``: one that holds the lock, if possible."""
+    if hasattr(select, "epoll"):
+        layout = _event_layout() if held else None
+        return select.epoll() if layout is None else HeldEpoll(layout, share=False)
+    if held and hasattr(libc, "kevent"):
+        return HeldKqueue(share=False)
+    return select.kqueue()  # type: ignore[attr-defined,unused-ignore]  # not on Linux
 
 
 class HeldLoop(asyncio.SelectorEventLoop):
