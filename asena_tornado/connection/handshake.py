@@ -375,7 +375,8 @@ class FrontServer(HTTPServer):
         """Answer from now on what comes in on connections of a server that stops: they may have just been made."""
         old.stop()
         old.front.give_way(self.front)
-        self._predecessors = tuple(each for each in (*old._predecessors, old) if each._connections)
+        servers = (*old._predecessors, old)
+        self._predecessors = tuple(each for each in servers if each._connections)  # noqa: SLF001  # Tornado's
         old._predecessors = ()
         for each in self._predecessors:
             each.front.give_way(self.front)
