@@ -58,7 +58,8 @@ from .takeover import Leftovers, bury, take_over
 from .transports import Cluster, Gap, Transport
 from .ulak.broker import Ulak
 from .web.controllers import ControllerHandler
-from .web.http import Hosts, Origins, Refusal
+from .web.http import Refusal
+from .web.origins import Hosts, Origins
 from .websocket.namespace import Namespace, normalize_path
 from .websocket.options import WebSocketOptions
 

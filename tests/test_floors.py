@@ -23,6 +23,7 @@ FLOORS = (
     "web",
     "ulak",
     "transports",
+    "cluster",  # which comes out of transports
     "connection",
     "client",
     "inspector",
