@@ -20,7 +20,6 @@ from ..websocket.messages import Invalid, Validator, encode
 
 log = logging.getLogger("asena_tornado")
 T = TypeVar("T")
-C = TypeVar("C", bound=type[Any])
 
 JSON = "application/json; charset=UTF-8"
 _UNSET: Any = object()
