@@ -140,7 +140,7 @@ class Dispatch:
             return
         try:
             result = hook(self._source.socket, *args)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):
@@ -249,7 +249,7 @@ class Dispatch:
                 except InvalidMessageError as error:
                     self._note(error)
                     await self._run(hooks.invalid, socket, error)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
                     await self._handler_failed(error)
                 if self._full and not inbox and self._done is None:
                     # A chunk may hold thousands of messages: others get their turn in between.
@@ -283,7 +283,7 @@ class Dispatch:
             result = hook(*args)
             if result is not None and isawaitable(result):
                 await result
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
             await self._handler_failed(error)
 
     async def _handler_failed(self, error: BaseException) -> None:
