@@ -165,6 +165,7 @@ class Dispatch:
         """Forget the messages that wait."""
         self._inbox.clear()
         self.size = 0
+        self._full = False
 
     def when_done(self, act: Callable[[], None], grace: float) -> None:
         """Act once the handler is done with what has arrived, after ``grace`` seconds at most."""
