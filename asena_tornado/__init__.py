@@ -1,6 +1,7 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
 from .client.plain import Client, connect
+from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
@@ -26,7 +27,7 @@ from .errors import (
 )
 from .ioc.inject import Inject, Service
 from .server import AsenaServer
-from .transports import BlockingUlakClient, Gap, LocalTransport, RedisTransport, Transport, UlakClient
+from .transports import LocalTransport, RedisTransport, Transport
 from .ulak.broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
 from .web.chain import Middleware, MiddlewareService, Next
 from .web.controllers import Controller, Delete, Get, Patch, Post, Put
@@ -53,6 +54,7 @@ __all__ = [
     "ConnectionClosed",
     "Context",
     "Controller",
+    "Count",
     "Delete",
     "EncodeError",
     "Gap",

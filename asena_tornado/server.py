@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from tornado.web import Application
 
 from .client.plain import Client, connect
+from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
 from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
@@ -55,7 +56,7 @@ from .hosting import (
 from .inspector import Desk, Inspector, Subject, View, page_routes
 from .site import PATIENCE, STOP_TIMEOUT, Site
 from .takeover import Leftovers, bury, take_over
-from .transports import Cluster, Gap, Transport
+from .transports import Transport
 from .ulak.broker import Ulak
 from .web.controllers import ControllerHandler
 from .web.http import Refusal

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from .cluster import Cluster, Gap
 from .connection import Endpoint, Ledger, Outbox
 from .errors import ConfigurationError
 from .hosting import LoopDoor
 from .inspector import SocketSnapshot
 from .ioc.container import Container
 from .ioc.inject import component_of
-from .transports import Cluster, Gap, LocalTransport, Transport
+from .transports import LocalTransport, Transport
 from .ulak.broker import Ulak
 from .web.chain import Chain
 from .web.controllers import Controllers

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .cluster import Cluster
 from .hosting import LoopDoor
 from .site import PATIENCE, STOP_TIMEOUT, Site, close_sockets
-from .transports import Cluster
 from .websocket.namespace import Namespace
 from .websocket.service import bind
 

@@ -31,6 +31,7 @@ def io_loop() -> Iterator[IOLoop]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """For the tests that are marked ``long``."""
     parser.addoption("--long", action="store_true", help="tests that try many cases try far more of them")
+    parser.addoption("--transport", metavar="PACKAGE.MODULE:MAKE", help="test_transports.py: another transport")
     parser.addoption("--seed", type=int, default=None, help="of tests that do things at random")
 
 
@@ -55,6 +56,7 @@ class RedisServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}"
+        self.binary = binary
         self._command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
         self._process: subprocess.Popen[bytes] | None = None
 

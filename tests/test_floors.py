@@ -23,7 +23,7 @@ FLOORS = (
     "web",
     "ulak",
     "transports",
-    "cluster",  # which comes out of transports
+    "cluster",
     "connection",
     "client",
     "inspector",

@@ -11,9 +11,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +127,7 @@ async def test_messages_of_one_turn_travel_in_one_pipeline(
             to(server, "x", str(i))
         await server.cluster.transport.sync()
     pipelines = [data.count(b"PUBLISH") for data in sent if b":/chat#x\r\n" in data]
-    assert pipelines == [500]
+    assert pipelines == [500, 2]  # and as the node stops a mark, and goodbye
 
 
 async def test_applications_with_different_prefixes_do_not_hear_each_other(redis_server: RedisServer) -> None:
@@ -206,9 +208,11 @@ async def test_a_password_in_the_url_opens_and_is_never_shown(redis_server: Redi
 class Proxy:
     """A wire between nodes and Redis that can be cut; with TLS on the nodes' side if there is a certificate."""
 
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self._target = port
+    def __init__(self, *ports: int, tls: ssl.SSLContext | None = None, slow: bool = False) -> None:
+        self.targets = list(ports)  # in turn
         self._tls = tls
+        self._slow = slow  # half a megabyte per second comes back
+        self._turn = 0
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         with socket.socket() as probe:
@@ -228,20 +232,24 @@ class Proxy:
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        target = self.targets[self._turn % len(self.targets)]
+        self._turn += 1
+        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", target)
         self._open |= {writer, to_writer}
 
-        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter, *, slow: bool = False) -> None:
             try:
                 while data := await source.read(65536):
                     target.write(data)
                     await target.drain()
+                    if slow:
+                        await asyncio.sleep(len(data) / 500_000)
             except OSError:
                 pass
             finally:
                 target.close()
 
-        await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer))
+        await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer, slow=self._slow))
         self._open -= {writer, to_writer}
 
 
@@ -254,7 +262,7 @@ async def test_rediss_speaks_tls_and_checks_the_certificate(
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    proxy = Proxy(redis_server.port, context)
+    proxy = Proxy(redis_server.port, tls=context)
     await proxy.restore()
     trusting = f"{proxy.url}?ssl_ca_certs={certificate}"
     async with node(RedisTransport(trusting, prefix=prefix)) as a, node(RedisTransport(trusting, prefix=prefix)) as b:
@@ -615,3 +623,192 @@ async def test_a_node_killed_with_its_clients_is_gone_within_seconds_and_the_oth
         assert received == [["1", "2"]] * 8
         assert await clients[0].recv() == "2"
         assert await clients[5].recv() == "1"
+
+
+# -- what is no failure, and what is one
+
+
+def connections(redis_server: RedisServer) -> int:
+    """How many this Redis has ever accepted, this one included."""
+    with socket.create_connection(("127.0.0.1", redis_server.port), timeout=5) as connection:
+        connection.sendall(b"INFO stats\r\n")
+        answer = connection.makefile("rb")
+        size = int(answer.readline()[1:])
+        return int(answer.read(size).split(b"total_connections_received:")[1].split()[0])
+
+
+async def test_a_loop_that_stands_still_throws_no_connection_away(
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own pause is not the silence of Redis, and what came meanwhile is delivered."""
+    gaps: list[Gap] = []
+    transport = RedisTransport(redis_server.url, prefix=prefix, timeout=0.5)
+    with (
+        AsenaServer(Chat, port=0, transport=RedisTransport(redis_server.url, prefix=prefix)) as a,
+        AsenaServer(Chat, port=0, transport=transport, on_gap=gaps.append) as b,
+    ):
+        bob = await connect(b.url("/chat") + "?room=x")
+        assert await bob.recv() == "welcome"
+        await asyncio.to_thread(b.call, transport.sync)
+        before = connections(redis_server)
+        busy = threading.Event()
+
+        def stand_still() -> None:
+            busy.set()
+            time.sleep(3)
+
+        pause = asyncio.create_task(asyncio.to_thread(b.call, stand_still))
+        await asyncio.to_thread(busy.wait)
+        for number in range(1600):
+            assert to(a, "x", str(number)).carried
+        await pause
+        assert [await bob.recv() for _ in range(1600)] == [str(number) for number in range(1600)]
+        await until(lambda: b.ready)
+        assert connections(redis_server) == before + 1
+        assert (transport.lost, gaps) == (0, [])
+        assert "no answer within" not in caplog.text
+        await bob.close()
+
+
+async def test_a_message_that_takes_long_is_a_sign_of_life(redis_server: RedisServer, prefix: str) -> None:
+    """Of a big message that arrives over a slow wire, every byte counts."""
+    proxy = Proxy(redis_server.port, slow=True)
+    await proxy.restore()
+    async with (
+        node(RedisTransport(redis_server.url, prefix=prefix)) as a,
+        node(RedisTransport(proxy.url, prefix=prefix, timeout=1.0)) as b,
+    ):
+        bob = await connect(b.url("/chat") + "?room=x", max_size=None)
+        assert await bob.recv() == "welcome"
+        await b.cluster.transport.sync()
+        text = "x" * 1_500_000  # three seconds of it
+        to(a, "x", text)
+        assert await bob.recv() == text
+        assert b.cluster.missed == 0
+        await bob.close()
+    await proxy.cut()
+
+
+@pytest.fixture
+def user(redis_server: RedisServer) -> Iterator[str]:
+    """The URL of somebody who may do what `RedisTransport` needs; tests take rights away."""
+    assert redis_server.ask("ACL SETUSER app on >s3cret resetchannels &* +@all") == b"+OK"
+    yield redis_server.url.replace("redis://", "redis://app:s3cret@")
+    redis_server.ask("ACL DELUSER app")
+
+
+@pytest.mark.parametrize("right", ["publish", "subscribe"])
+async def test_without_a_right_it_is_not_ready_says_why_and_knocks_seldom(
+    redis_server: RedisServer, prefix: str, user: str, right: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_server.ask(f"ACL SETUSER app -{right}")
+    async with node(RedisTransport(user, prefix=prefix)) as a:
+        assert not a.ready
+        assert f"'{right}' command" in repr(a.cluster)
+        assert f"'{right}' command" in caplog.text
+        receipt = to(a, "x", "1")
+        assert (receipt, receipt.carried) == (0, right == "subscribe")
+        with pytest.raises(TransportError, match=right):
+            await a.cluster.transport.sync()
+        with pytest.raises(TransportError, match=right):
+            async with UlakClient(user, prefix=prefix):
+                pass
+        before = connections(redis_server)
+        await asyncio.sleep(3)
+        assert connections(redis_server) - before < 8
+        redis_server.ask(f"ACL SETUSER app +{right}")
+        await until(lambda: a.ready)
+        assert to(a, "x", "2").carried
+
+
+async def test_the_least_rights_are_enough(redis_server: RedisServer, prefix: str, user: str) -> None:
+    redis_server.ask(f"ACL SETUSER app -@all +publish +subscribe +unsubscribe +ping resetchannels &{prefix}:*")
+    async with node(RedisTransport(user, prefix=prefix)) as a, node(RedisTransport(user, prefix=prefix)) as b:
+        bob = await join(b, "x")
+        assert to(a, "x", "1").carried
+        assert await bob.recv() == "1"
+        assert a.ready
+
+
+async def test_rights_that_are_taken_away_are_noticed_and_every_message_accounted_for(
+    redis_server: RedisServer, prefix: str, user: str
+) -> None:
+    gaps: list[Gap] = []
+    async with (
+        node(RedisTransport(user, prefix=prefix)) as a,
+        node(RedisTransport(redis_server.url, prefix=prefix), gaps=gaps) as b,
+    ):
+        bob = await join(b, "x")
+        to(a, "x", "first")
+        assert await bob.recv() == "first"
+        redis_server.ask("ACL SETUSER app -publish")
+        sent = 1
+        while to(a, "x", "lost").carried:
+            sent += 1
+            await asyncio.sleep(0.01)
+        assert not a.ready
+        assert "NOPERM" in repr(a.cluster)
+        with pytest.raises(TransportError, match="NOPERM"):
+            await a.cluster.transport.sync()
+        redis_server.ask("ACL SETUSER app +publish")
+        await until(lambda: a.ready)
+        await until(lambda: gaps)
+        assert [(gap.room, gap.missed) for gap in gaps] == [("x", sent)]
+
+
+async def test_a_replica_is_not_a_place_to_publish(
+    redis_server: RedisServer, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica = type(redis_server)(redis_server.binary, tmp_path)
+    await asyncio.to_thread(replica.start)
+    try:
+        replica.ask(f"REPLICAOF 127.0.0.1 {redis_server.port}")
+        async with node(RedisTransport(replica.url, prefix=prefix)) as a:
+            assert not a.ready
+            assert "READONLY: it is a replica" in repr(a.cluster)
+            assert not to(a, "x", "1").carried
+            assert "READONLY" in caplog.text
+            replica.ask("REPLICAOF NO ONE")
+            await until(lambda: a.ready)
+            assert to(a, "x", "2").carried
+            replica.ask(f"REPLICAOF 127.0.0.1 {redis_server.port}")
+            await until(lambda: not a.ready)
+    finally:
+        replica.stop()
+
+
+async def test_two_addresses_that_are_not_one_redis_are_noticed(
+    redis_server: RedisServer, prefix: str, tmp_path: Path
+) -> None:
+    """Behind a balancer the two connections may end in different places: then nothing comes back."""
+    other = type(redis_server)(redis_server.binary, tmp_path)
+    await asyncio.to_thread(other.start)
+    proxy = Proxy(redis_server.port, other.port)
+    await proxy.restore()
+    try:
+        async with node(RedisTransport(proxy.url, prefix=prefix)) as a:
+            assert not a.ready
+            assert "does not come back" in repr(a.cluster)
+            proxy.targets = [redis_server.port]
+            redis_server.ask("CLIENT KILL TYPE normal")
+            other.ask("CLIENT KILL TYPE pubsub")
+            other.ask("CLIENT KILL TYPE normal")
+            redis_server.ask("CLIENT KILL TYPE pubsub")
+            await until(lambda: a.ready)
+    finally:
+        await proxy.cut()
+        other.stop()
+
+
+@pytest.mark.slow
+async def test_fifty_nodes_in_one_process_rest(redis_server: RedisServer, prefix: str) -> None:
+    async with AsyncExitStack() as stack:
+        nodes = [
+            await stack.enter_async_context(node(RedisTransport(redis_server.url, prefix=prefix))) for _ in range(50)
+        ]
+        await until(lambda: all(len(each.cluster.nodes) == 50 for each in nodes))
+        for each in nodes:
+            for number in range(200):
+                to(each, f"room{number} of {each.port}", "x" * 100)
+        assert await nodes[0].cluster.count_sockets() == 0
+        assert all(each.cluster.rejected == each.cluster.missed == 0 for each in nodes)

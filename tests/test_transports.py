@@ -1,8 +1,14 @@
-"""What `Transport` promises, for every transport there is. A new one joins by a line in `transport`."""
+"""What `Transport` promises, for every transport there is, and for any other.
+
+    pytest tests/test_transports.py --transport package.module:make
+
+runs them against ``make(name)``, which returns a new transport; those made with one name belong together.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import pkgutil
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -19,15 +25,25 @@ if TYPE_CHECKING:
 Make = Callable[[], Transport]
 
 
-@pytest.fixture(params=["local", pytest.param("redis", marks=pytest.mark.redis)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The transports of this package, or the one that was asked for."""
+    other = metafunc.config.getoption("--transport")
+    kinds = [other] if other else ["local", pytest.param("redis", marks=pytest.mark.redis)]
+    metafunc.parametrize("make", kinds, indirect=True)
+
+
+@pytest.fixture
 def make(request: pytest.FixtureRequest) -> Make:
     """Makes nodes' transports that belong together, and to no other test's."""
     together = uuid.uuid4().hex
     if request.param == "local":
         return lambda: LocalTransport(together)
-    pytest.importorskip("redis")
-    server: RedisServer = request.getfixturevalue("redis_server")
-    return lambda: RedisTransport(server.url, prefix=together)
+    if request.param == "redis":
+        pytest.importorskip("redis")
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return lambda: RedisTransport(server.url, prefix=together)
+    factory = pkgutil.resolve_name(request.param)
+    return lambda: factory(together)
 
 
 class Node:
@@ -36,6 +52,7 @@ class Node:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.received: list[tuple[str, bytes]] = []
+        self.changes: list[bool] = []
         self.threads: set[int] = set()
         self._news = asyncio.Event()
 
@@ -45,7 +62,7 @@ class Node:
         self._news.set()
 
     def ready_changed(self, ready: bool, reason: str) -> None:
-        pass
+        self.changes.append(ready)
 
     async def subscribe(self, *channels: str) -> None:
         for channel in channels:
@@ -85,7 +102,7 @@ async def test_a_message_reaches_every_node_that_has_subscribed_and_no_other(mak
         assert await d.receive(1) == [("other", b"2")]
 
 
-@pytest.mark.parametrize("payload", [b"", b"\0\r\n$5\r\n\xff", bytes(range(256)) * 8192], ids=["empty", "odd", "2 MiB"])
+@pytest.mark.parametrize("payload", [b"", b"\0\r\n$5\r\n\xff", bytes(range(250)) * 4000], ids=["empty", "odd", "1 MB"])
 async def test_bytes_arrive_as_they_were(make: Make, payload: bytes) -> None:
     async with nodes(make, 2) as (a, b):
         await b.subscribe("news")
@@ -94,7 +111,7 @@ async def test_bytes_arrive_as_they_were(make: Make, payload: bytes) -> None:
 
 
 async def test_channels_have_any_name(make: Make) -> None:
-    names = ["/chat#tech", "/chat#a b", "/chat#日本 🎉", "*", "/chat#" + "x" * 5000]
+    names = ["/chat#tech", "/chat#a b", "/chat#日本 🎉", "*", ">", "a.b", "\r\n", "\0", "#", "x", "X", "é" * 2048]
     async with nodes(make, 2) as (a, b):
         await b.subscribe(*names)
         for name in names:
@@ -114,13 +131,20 @@ async def test_one_nodes_messages_keep_their_order_in_all_channels_together(make
         assert await b.receive(len(sent)) == sent
 
 
-async def test_subscribing_twice_delivers_once(make: Make) -> None:
+async def test_subscribing_and_unsubscribing_twice_is_as_once(make: Make) -> None:
     async with nodes(make, 2) as (a, b):
         await b.subscribe("news")
         await b.subscribe("news", "news", "end")
         a.transport.publish("news", b"")
         a.transport.publish("end", b"")
         assert await b.receive(2) == [("news", b""), ("end", b"")]
+        for _ in range(2):
+            b.transport.unsubscribe("news")
+            b.transport.unsubscribe("never subscribed to")
+        await b.transport.sync()
+        a.transport.publish("news", b"")
+        a.transport.publish("end", b"1")
+        assert (await b.receive(3))[2:] == [("end", b"1")]
 
 
 async def test_nothing_comes_after_unsubscribing(make: Make) -> None:
@@ -174,6 +198,7 @@ async def test_it_says_whether_it_is_ready_and_takes_nothing_when_stopped(make: 
     assert state() == (False, False)
     await node.transport.start(node)
     assert state() == (True, True)
+    assert node.changes == []  # there is none after the start
     await node.transport.stop()
     await node.transport.stop()
     assert state() == (False, False)
@@ -206,4 +231,5 @@ async def test_messages_are_received_on_the_loop_that_started_it(make: Make) -> 
 
 async def test_two_transports_are_equal_when_they_connect_the_same_channels(make: Make) -> None:
     assert make() == make()
+    assert hash(make()) == hash(make())
     assert make() != LocalTransport("another")

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import ServerStateError, SocketNotFoundError
-from ..transports import Cluster, Node
+from ..cluster import Cluster, Count, Node
+from ..errors import ServerStateError, SocketNotFoundError, TransportError
 from ..websocket.messages import encode
 from ..websocket.rooms import check_room
 from . import markup
@@ -57,8 +57,8 @@ class Nodes(tuple[Node, ...]):
 class ClusterInspector:
     """Looks into the sockets and rooms of all nodes and acts on them; ``inspector.cluster``.
 
-    What asks the other nodes is awaitable, on any loop. A node that does not answer within two seconds is left out;
-    one that has died is gone from `nodes` three seconds later.
+    What asks the other nodes is awaitable, on any loop. A node that does not answer within two seconds is left out,
+    and the result says so; one that has died is gone from `nodes` three seconds later.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -76,8 +76,11 @@ class ClusterInspector:
         return Nodes(self._cluster.nodes)
 
     async def sockets(self) -> Sockets:
-        """Id to `NodeSocket` (a `SocketSnapshot` with its ``node``), at most 1000 of each node."""
-        found, _ = await self._ask(lambda cluster: cluster.sockets(self._path, limit=_LIMIT))
+        """Id to `NodeSocket` (a `SocketSnapshot` with its ``node``), at most 1000 of each node.
+
+        ``incomplete`` says why some are missing: there are more of them, or a node did not answer.
+        """
+        found, total, cut = await self._ask(lambda cluster: cluster.sockets(self._path, limit=_LIMIT))
         snapshots: list[SocketSnapshot] = []
         for node, described in found:
             try:
@@ -85,18 +88,27 @@ class ClusterInspector:
             except (ValidationError, TypeError):
                 # A node of another version: its socket cannot be shown, the others can.
                 self._cluster.rejected += 1
-        return Sockets(snapshots, f"{self._path or 'the servers'} on all nodes")
+                cut = True
+        why = [f"{len(snapshots)} of {int(total)} are listed"] if cut else []
+        if total.missing:
+            why.append(f"no answer from {', '.join(id[:8] for id in total.missing)}")
+        return Sockets(snapshots, f"{self._path or 'the servers'} on all nodes", ", ".join(why))
 
     async def rooms(self) -> Rooms:
-        """Room to the `Sockets` in it, on all nodes."""
+        """Room to the `Sockets` in it, on all nodes: of those sockets that `sockets` lists.
+
+        ``incomplete`` says why rooms or members are missing: there are more sockets, or a node did not answer.
+        """
         rooms: dict[tuple[str, str], list[SocketSnapshot]] = {}
-        for socket in (await self.sockets()).values():
+        sockets = await self.sockets()
+        for socket in sockets.values():
             for room in socket.rooms:
                 rooms.setdefault((socket.namespace, room), []).append(socket)
-        return Rooms((path, room, members) for (path, room), members in rooms.items())
+        why = f"of the sockets, {sockets.incomplete}" if sockets.incomplete else ""
+        return Rooms(((path, room, members) for (path, room), members in rooms.items()), why)
 
-    async def count_sockets(self) -> int:
-        """How many sockets there are on all nodes."""
+    async def count_sockets(self) -> Count:
+        """How many sockets there are on all nodes; ``complete`` says whether every node has answered."""
         return await self._ask(lambda cluster: cluster.count_sockets(self._path))
 
     async def send(self, id: str | SocketSnapshot, data: object) -> Receipt:
@@ -127,7 +139,12 @@ class ClusterInspector:
     ) -> tuple[bool, str]:
         wanted = id if isinstance(id, str) else id.id
         if len(wanted) < _ID_LENGTH:
-            wanted = (await self.sockets())[wanted].id
+            listed = await self.sockets()
+            if wanted not in listed and listed.incomplete:
+                raise TransportError(
+                    f"it is not known whether a socket's id begins with {wanted!r}: {listed.incomplete}"
+                )
+            wanted = listed[wanted].id
         done = await self._ask(lambda cluster: act(cluster, wanted))
         if done is None:
             raise SocketNotFoundError(f"no socket's id is {wanted!r}, on any node")

@@ -80,11 +80,15 @@ class SocketSnapshot:
 
 
 class Sockets(Mapping[str, SocketSnapshot]):
-    """Id to `SocketSnapshot`; the beginning of an id is enough where only one id begins so."""
+    """Id to `SocketSnapshot`; the beginning of an id is enough where only one id begins so.
 
-    def __init__(self, sockets: Iterable[SocketSnapshot], where: str) -> None:
+    ``incomplete``: why some sockets are not listed; empty when all are.
+    """
+
+    def __init__(self, sockets: Iterable[SocketSnapshot], where: str, incomplete: str = "") -> None:
         self._sockets = {socket.id: socket for socket in sockets}
         self._where = where
+        self.incomplete = incomplete
 
     def __getitem__(self, id: str) -> SocketSnapshot:
         return self._sockets[full_id(id, self._sockets, self._where)]
@@ -117,11 +121,15 @@ class Sockets(Mapping[str, SocketSnapshot]):
 
     def __repr__(self) -> str:
         first = [f"  {socket!r}" for socket in list(self._sockets.values())[:_SHOWN]]
-        return "\n".join([f"<{count(len(self), 'socket')} in {self._where}>", *first, *_more(len(self))])
+        return "\n".join([f"<{self._title}>", *first, *_more(len(self))])
+
+    @property
+    def _title(self) -> str:
+        return f"{count(len(self), 'socket')} in {self._where}{_but(self.incomplete)}"
 
     def _repr_html_(self) -> str:
         first = list(self._sockets.values())[:_SHOWN]
-        title = f"{count(len(self), 'socket')} in {self._where}"
+        title = self._title
         return markup.box(f"<p>{markup.text(title)}</p>", table_of(first, len(self)))
 
 
@@ -129,11 +137,12 @@ class Rooms(Mapping[str, Sockets]):
     """Room to the `Sockets` in it.
 
     Where rooms of several namespaces have one name, they are listed as ``"/path room"``, and asking for the bare
-    name raises `NamespaceNotFoundError`.
+    name raises `NamespaceNotFoundError`. ``incomplete``: why some sockets or rooms are not listed; empty when all are.
     """
 
-    def __init__(self, rooms: Iterable[tuple[str, str, list[SocketSnapshot]]]) -> None:
+    def __init__(self, rooms: Iterable[tuple[str, str, list[SocketSnapshot]]], incomplete: str = "") -> None:
         found = list(rooms)
+        self.incomplete = incomplete
         self._namespaces: dict[str, list[str]] = {}
         for path, room, _ in found:
             self._namespaces.setdefault(room, []).append(path)
@@ -173,7 +182,11 @@ class Rooms(Mapping[str, Sockets]):
 
     def __repr__(self) -> str:
         first = [f"  {room!r}: {count(len(self._rooms[room][2]), 'socket')}" for room in list(self)[:_SHOWN]]
-        return "\n".join([f"<{count(len(self), 'room')}>", *first, *_more(len(self))])
+        return "\n".join([f"<{self._title}>", *first, *_more(len(self))])
+
+    @property
+    def _title(self) -> str:
+        return f"{count(len(self), 'room')}{_but(self.incomplete)}"
 
     def _repr_html_(self) -> str:
         first = list(self._rooms.values())[:_SHOWN]
@@ -182,7 +195,7 @@ class Rooms(Mapping[str, Sockets]):
             for path, room, members in first
         ]
         return markup.box(
-            f"<p>{count(len(self), 'room')}</p>",
+            f"<p>{markup.text(self._title)}</p>",
             markup.table(("namespace", "room", "sockets", ""), rows, more=len(self) - len(first)),
         )
 
@@ -246,6 +259,10 @@ class Events(tuple[Event, ...]):
         return markup.box(
             f"<p>{count(len(self), 'event')}</p>", markup.table(("time", "namespace", "socket", ""), rows)
         )
+
+
+def _but(incomplete: str) -> str:
+    return f"; incomplete: {incomplete}" if incomplete else ""
 
 
 def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:

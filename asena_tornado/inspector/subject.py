@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, Self, TypeVar
 
+from ..cluster import Cluster
 from ..errors import NamespaceNotFoundError, ServerStateError
 from ..hosting import LoopDoor
-from ..transports import Cluster
 from ..ulak.broker import Ulak
 from ..websocket.namespace import Namespace, normalize_path
 from ..websocket.sockets import Socket

@@ -13,7 +13,11 @@ class Receiver(Protocol):
         ...
 
     def ready_changed(self, ready: bool, reason: str) -> None:
-        """`Transport.ready` has changed. Whatever was published in between may be missing: at most once."""
+        """`Transport.ready` has changed, or the reason why it is False.
+
+        While it was False, messages may have been lost in either direction; the receiver finds out which. ``reason``
+        says why it is not ready, in words for a person who has to repair it; empty when it is.
+        """
         ...
 
 
@@ -27,20 +31,31 @@ class Transport(Protocol):
       what is lost. Losing is allowed (a broken connection, a queue that is full); reordering is not.
     - Whether a node receives its own messages is left open: they are recognised and dropped.
     - Memory is bounded: a bus that is slow or away makes `publish` return False, it does not make a queue grow.
-    - A lost connection is restored without being asked, with every subscription.
+    - A lost connection is restored without being asked, with every subscription, and not more often than every few
+      seconds when that keeps failing.
+    - A channel's name is a str that UTF-8 can encode, of 1 to 4096 bytes, with any characters, also spaces, "*", "#"
+      and control characters. A bus that knows fewer has to encode it.
+    - A payload is of any bytes, from none to at least 1,000,000. What is too large for the bus is not cut, but
+      refused: `publish` returns False.
+    - Two transports that connect the same channels in the same way are equal (``==``) and have the same hash. When a
+      cell is run again, the new server takes over the connection of a transport that is equal.
 
-    ``tests/test_transports.py`` says the same as tests, for every transport.
+    ``tests/test_transports.py`` says the same as tests. Run it against your own transport:
+    ``pytest tests/test_transports.py --transport package.module:make``, where ``make(name)`` returns a new transport;
+    those made with one name belong together, and to no others.
     """
 
     @property
     def ready(self) -> bool:
-        """Whether messages go out and come in at the moment."""
+        """Whether messages go out and come in at the moment, as far as that can be known: not just connected."""
         ...
 
     async def start(self, receiver: Receiver) -> None:
         """Connect. Raises `ConfigurationError` for what can never work (an address, a password).
 
-        A bus that is merely away is no error: then `ready` is False and becomes True later.
+        A bus that is merely away is no error: then `ready` is False, `Receiver.ready_changed` has been told why, and
+        becomes True later. It returns within a few seconds in any case. When it has become ready it has not called
+        `Receiver.ready_changed` at all: that is for what changes afterwards.
         """
         ...
 
@@ -52,20 +67,29 @@ class Transport(Protocol):
         ...
 
     def publish(self, channel: str, payload: bytes) -> bool:
-        """Queue the payload for the channel's subscribers; False if it was not taken and is lost."""
+        """Queue the payload for the channel's subscribers.
+
+        False if it was not taken and is lost: before `start` and after `stop`, while the bus is known to be away or
+        not to accept it, or when too much is waiting. True is no promise: the connection may still break.
+        """
         ...
 
     def subscribe(self, channel: str) -> None:
-        """Receive the channel's messages from soon on; `sync` tells when."""
+        """Receive the channel's messages from soon on; `sync` tells when.
+
+        Idempotent: one that is subscribed to already stays so, and delivers once. May be called before `start`, which
+        then subscribes.
+        """
         ...
 
     def unsubscribe(self, channel: str) -> None:
-        """Receive them no more; a few may still come."""
+        """Receive them no more; a few may still come. Idempotent. The last of several calls in a row counts."""
         ...
 
     async def sync(self) -> None:
         """Return once the bus has all that was published, and honours all that was subscribed to, before the call.
 
-        Raises `TransportError` when the connection is lost before, or when there is none.
+        Raises `TransportError` when the connection is lost before, when there is none, or when the bus did not accept
+        what was published.
         """
         ...

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import random
+import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, ServerStateError, TransportError
 from .contract import Receiver
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("asena_tornado")
 
-_IDLE = 1.0  # seconds between pings of a silent connection
-_SLOW = 1.0  # seconds without an answer after which Redis does not count as ready
+_TICK = 0.25  # seconds between looks at what the connections do
+_PROBE = 1.0  # seconds between messages to ourselves
+_SLOW = 1.0  # seconds without a byte after which Redis does not count as ready
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0  # seconds between attempts to connect
+_LASTED = 2.0  # seconds after which a session has worked, and the next attempt need not wait
 _BATCH_BYTES = 256 * 1024  # of one pipeline, so that its answer comes within a fraction of the time limit
 _BATCH_MESSAGES = 1000
 _TURN = 100  # messages taken in before everything else on the loop has its turn
@@ -31,14 +34,24 @@ _DRAIN = 1.0  # seconds that stopping waits for what was published before
 class RedisTransport:
     """Redis carries the rooms: ``AsenaServer(…, transport=RedisTransport("redis://localhost"))``.
 
-    ``url``: ``redis://[[user]:password@]host[:port]``, ``rediss://`` for TLS (redis-py's options, such as
-    ``?ssl_ca_certs=…``, may follow) or ``unix://path``. ``prefix``: of every channel's name; applications that
-    share a Redis need different ones, as databases do not separate channels. ``timeout``: seconds without an answer
-    after which a connection counts as lost; a shorter pause delays messages but loses none. ``max_pending_bytes``:
-    what may wait for a slow Redis; past it `publish` refuses, counts (`refused`) and logs.
+    Needs redis-py (``pip install 'asena_tornado[redis]'``) and the commands PUBLISH, SUBSCRIBE, UNSUBSCRIBE and PING,
+    so any server that speaks Redis' protocol will do. It has to be the primary: what is published on a replica does
+    not reach the clients of its primary. Order, loss and everything else: see `Transport`.
 
-    Needs redis-py (``pip install 'asena_tornado[redis]'``) and nothing but PUBLISH, SUBSCRIBE and PING, so any
-    server that speaks Redis' protocol will do. Order, loss and everything else: see `Transport`.
+    It is `ready` once a message of its own has come back through Redis, and makes sure of that once a second.
+
+    Args:
+        url: ``redis://[[user]:password@]host[:port]``, ``rediss://`` for TLS (redis-py's options, such as
+            ``?ssl_ca_certs=…``, may follow) or ``unix://path``.
+        prefix: of every channel's name. Applications that share a Redis need different ones, as the number of a
+            database does not separate channels.
+        timeout: seconds without a byte from Redis after which a connection counts as lost, while it owes an answer.
+            A shorter pause delays messages but loses none. Time in which this process itself stood still does not
+            count.
+        max_pending_bytes: what may wait for a slow Redis. Past it `publish` refuses, counts (`refused`) and logs.
+
+    Raises:
+        ConfigurationError: for a URL or option that cannot work, and without redis-py.
     """
 
     def __init__(
@@ -56,51 +69,78 @@ class RedisTransport:
         self.prefix = prefix
         self.timeout = timeout
         self.max_pending_bytes = max_pending_bytes
-        self.refused = 0  # messages not taken: Redis away, or too much waiting
+        self.refused = 0  # messages not taken: Redis away, or not accepting them, or too much waiting
         self.lost = 0  # messages taken, but not known to have reached Redis when a connection broke
         self._url = url
         self._pool = _pool(url, timeout)
         self._start = f"{prefix}:".encode()
         self._receiver: Receiver | None = None
+        self._started = False
+        self._tried: asyncio.Future[None] | None = None  # done when it is known whether it works
+        self._watching: asyncio.Task[None] | None = None
         self._publisher = _Line("publisher", self)
         self._subscriber = _Line("subscriber", self)
+        self._refusal = ""  # why Redis does not accept what is published
         self._ready = False
+        self._told = ""  # the reason why it is not, as the receiver knows it
         self._overflowing = False
         # Published and waiting for the next pipeline: finished commands.
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
         self._taken = self._settled = 0  # commands ever queued, and those answered or lost
+        self._in_flight = 0
         self._work = asyncio.Event()
         # Channels wanted, and those whose state at Redis has to be brought in line.
         self._wanted: dict[bytes, None] = {}
         self._changed: dict[bytes, None] = {}
         self._held: set[bytes] = set()
         self._asked = asyncio.Event()  # something is to be written to the subscriber's connection
-        self._pings = 0
+        self._pings = self._pongs = 0
+        # Messages to ourselves, numbered.
+        self._loop_channel = self._start + f"loop:{uuid.uuid4().hex}".encode()
+        self._probe_due = False
+        self._probes = 0  # sent
+        self._accepted = 0  # the last that Redis has accepted
+        self._returned = 0  # the last that came back
+        self._fresh_from = 0  # the first of those sent while both of today's connections stood
+        self._says_role = True  # whether the server knows HELLO
         self._waiting: list[tuple[_Line, int, asyncio.Future[None]]] = []
 
     # -- the contract
 
     @property
     def ready(self) -> bool:
-        """Whether both connections stand, every channel is subscribed to, and Redis answers within a second."""
+        """Whether what is published comes back: both connections stand, Redis accepts it, and is not silent."""
         return self._ready
 
     async def start(self, receiver: Receiver) -> None:
-        """Connect; an address where nobody answers is tried again and again in the background."""
+        """Connect; an address where nobody answers is tried again and again in the background.
+
+        Raises `ConfigurationError` when Redis refuses the user or password.
+        """
         if self._receiver is not None:
             raise ServerStateError("this RedisTransport is in use by another server: give each one of its own")
         self._receiver = receiver
+        loop = asyncio.get_running_loop()
         self._work, self._asked = asyncio.Event(), asyncio.Event()
+        self._tried = loop.create_future()
+        self._fresh_from = self._probes + 1
+        self._wanted[self._loop_channel] = None
         try:
-            await asyncio.gather(
-                self._publisher.start(self._publish_session), self._subscriber.start(self._subscribe_session)
-            )
+            self._publisher.start(self._publish_session)
+            self._subscriber.start(self._subscribe_session)
+            self._watching = loop.create_task(self._watch())
+            done, _ = await asyncio.wait([self._tried], timeout=_PATIENCE)
+            if done:
+                self._tried.result()
         except BaseException:
             await self.stop()
             raise
+        self._started = True
         if not self._ready:
-            log.warning("%r: not reachable yet; sending locally until it is", self)
+            reason = self._reason or "no answer"
+            log.warning("%r: not ready yet, sending locally until it is: %s", self, reason)
+            self._tell(reason)
 
     async def stop(self) -> None:
         """Send what waits, for at most a second, and disconnect."""
@@ -110,14 +150,17 @@ class RedisTransport:
             with contextlib.suppress(TransportError, TimeoutError):
                 await asyncio.wait_for(self._reached(self._publisher, self._taken), _DRAIN)
         self._receiver = None
+        self._started = False
         self._ready = False
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.gather(self._publisher.stop(), self._subscriber.stop())
         self._wanted.clear()
         self._changed.clear()
 
     def publish(self, channel: str, payload: bytes) -> bool:
         """Queue it for the pipeline of this turn of the loop."""
-        if not self._publisher.up:
+        if not self._publisher.up or self._refusal:
             self.refused += 1
             return False
         name = self._start + channel.encode()
@@ -152,87 +195,124 @@ class RedisTransport:
         self._change(name)
 
     async def sync(self) -> None:
-        """Wait for Redis' answers; raises `TransportError` after ``timeout`` seconds at the latest."""
-        if not (self._publisher.up and self._subscriber.up):
+        """Wait for Redis' answers.
+
+        Raises `TransportError` when it is not reachable, has not accepted something, or sends nothing for ``timeout``
+        seconds.
+        """
+        if not (self._publisher.up and self._subscriber.up) or self._refusal:
             raise TransportError(f"{self!r} is not reachable: {self._reason or 'not started'}")
-        try:
-            async with asyncio.timeout(self.timeout):
-                await self._reached(self._publisher, self._taken)
-                if self._subscriber.up:
-                    await self._reached(self._subscriber, self._ping_subscriber())
-        except TimeoutError:
-            raise TransportError(f"{self!r} did not answer within {self.timeout} s") from None
+        lost = self.lost
+        await self._reached(self._publisher, self._taken)
+        if self.lost != lost:
+            raise TransportError(f"{self!r} did not accept what was published: {self._reason}")
+        if not self._subscriber.up:
+            raise TransportError(f"{self!r} is not reachable: {self._reason}")
+        await self._reached(self._subscriber, self._ping_subscriber())
 
     # -- publishing
 
     async def _publish_session(self, connection: AbstractConnection) -> None:
         """Pipelines, one after the other: what is published while one is under way makes the next."""
         line = self._publisher
-        await self._ping_publisher(connection)
+        await self._probe(connection)
         line.set_up(True)
         while True:
-            if not self._pending:
+            while not self._pending and not self._probe_due:
                 self._overflowing = False
                 self._work.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_IDLE):
-                        await self._work.wait()
-                if not self._pending:
-                    await self._ping_publisher(connection)
-                    continue
+                await self._work.wait()
+            if self._probe_due:
+                await self._probe(connection)
             batch: list[bytes] = []
             size = 0
             while self._pending and size < _BATCH_BYTES and len(batch) < _BATCH_MESSAGES:
                 batch.append(self._pending.popleft())
                 size += len(batch[-1])
-            line.in_flight = len(batch)
-            async with line.asking(self.timeout):
+            if not batch:
+                continue
+            self._in_flight = len(batch)
+            with line.owed():
                 await _send(connection, b"".join(batch))
                 for _ in batch:
-                    await self._read_answer(connection)
-                    line.in_flight -= 1
+                    refusal = await self._answer(connection)
+                    self._in_flight -= 1
+                    if refusal:
+                        self.lost += 1
+                        self._refuse(refusal)
             # Until here they count as waiting: a Redis that does not answer must not be fed without end.
             self._pending_bytes -= size
-            self._settle(len(batch))
+            self._settled += len(batch)
+            self._wake(line, self._settled)
 
-    async def _ping_publisher(self, connection: AbstractConnection) -> None:
-        async with self._publisher.asking(self.timeout):
-            await _send(connection, _command(b"PING"))
-            await connection.read_response()
+    async def _probe(self, connection: AbstractConnection) -> None:
+        """Publish a message to ourselves, and see that this is a primary."""
+        self._probe_due = False
+        self._probes = number = self._probes + 1
+        with self._publisher.owed():
+            role = ""
+            if self._says_role:
+                await _send(connection, _command(b"HELLO", b"2"))
+                role = await self._role(connection)
+            await _send(connection, _command(b"PUBLISH", self._loop_channel, b"%d" % number))
+            refusal = await self._answer(connection)
+        if not refusal and role not in ("", "master"):
+            refusal = f"READONLY: it is a {role}; what is published there does not reach the clients of its primary"
+        if not refusal:
+            self._accepted = number
+        self._refuse(refusal)
 
-    async def _read_answer(self, connection: AbstractConnection) -> None:
+    async def _role(self, connection: AbstractConnection) -> str:
+        from redis.exceptions import ResponseError
+
+        try:
+            answer = await connection.read_response(disable_decoding=True)
+        except ResponseError:
+            self._says_role = False  # as before Redis 6
+            return ""
+        pairs = dict(zip(answer[::2], answer[1::2], strict=False)) if isinstance(answer, list) else {}
+        role = pairs.get(b"role")
+        return role.decode(errors="replace") if isinstance(role, bytes) else ""
+
+    async def _answer(self, connection: AbstractConnection) -> str:
+        """Read the answer to a PUBLISH: why it was not accepted, or an empty string."""
         from redis.exceptions import ResponseError
 
         try:
             await connection.read_response()
         except ResponseError as error:
-            self.lost += 1
-            log.error("%r refuses to publish: %s", self, error)
+            # redis-py drops the word that Redis begins with.
+            name = {"NoPermissionError": "NOPERM", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM"}
+            return " ".join(filter(None, (name.get(type(error).__name__), str(error))))
+        return ""
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self._refusal:
+            self._refusal = reason
+            if reason:
+                log.error("%r does not accept what is published: %s", self, reason)
+                self._first_attempt_over()
+            self._look_ready()
 
     def _drop_pending(self) -> None:
         """The publisher's connection is gone: what waited is lost, not sent late."""
-        lost = self._publisher.in_flight + len(self._pending)
-        self._publisher.in_flight = 0
+        lost = self._in_flight + len(self._pending)
+        self._in_flight = 0
         self.lost += lost
         self._pending.clear()
         self._pending_bytes = 0
         self._settled = self._taken
 
-    def _settle(self, count: int) -> None:
-        self._settled += count
-        self._wake(self._publisher, self._settled)
-
     # -- subscribing
 
     async def _subscribe_session(self, connection: AbstractConnection) -> None:
         """Everything that is wanted is asked for again; then changes are written while messages are read."""
-        line = self._subscriber
-        line.answered = self._pings  # older pings will not be answered any more
+        self._pongs = self._pings  # older pings will not be answered any more
         self._held.clear()
         self._changed = dict.fromkeys(self._wanted)
         self._ping_subscriber()
         loop = asyncio.get_running_loop()
-        work = [loop.create_task(each) for each in (self._read(connection), self._write(connection), self._watch())]
+        work = [loop.create_task(each) for each in (self._read(connection), self._write(connection))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
             done.pop().result()
@@ -248,21 +328,27 @@ class RedisTransport:
         while True:
             answer = await connection.read_response(disable_decoding=True)
             if isinstance(answer, list) and answer[0] == b"message":
-                if self._receiver is not None:
+                if answer[1] == self._loop_channel:
+                    self._probe_returned(answer[2])
+                elif self._receiver is not None:
                     self._receiver.message_received(answer[1][start:].decode(errors="replace"), answer[2])
             else:
                 # To a ping: ["pong", number] when something is subscribed to, else the number itself.
                 pong = answer[1] if isinstance(answer, list) and answer[0] == b"pong" else answer
                 if isinstance(pong, bytes) and pong.isdigit():
-                    line.answered = int(pong)
-                    line.heard()
+                    self._pongs = int(pong)
                     if not line.up:
                         line.set_up(True)
-                    self._wake(line, line.answered)
+                    self._wake(line, self._pongs)
             turn += 1
             if turn == _TURN:
                 turn = 0
                 await asyncio.sleep(0)
+
+    def _probe_returned(self, number: bytes) -> None:
+        if number.isdigit():
+            self._returned = max(self._returned, int(number))
+            self._look_ready()
 
     async def _write(self, connection: AbstractConnection) -> None:
         written = 0
@@ -282,17 +368,6 @@ class RedisTransport:
                 self._asked.clear()
                 await self._asked.wait()
 
-    async def _watch(self) -> None:
-        """Notices a connection that is dead without saying so, and a Redis that has stopped."""
-        line = self._subscriber
-        while True:
-            sent = self._ping_subscriber()
-            await asyncio.sleep(_IDLE)
-            if line.answered < sent:
-                line.be_slow()
-            if line.silent_for() > self.timeout:
-                raise TimeoutError
-
     def _change(self, name: bytes) -> None:
         self._changed[name] = None
         self._asked.set()
@@ -304,9 +379,28 @@ class RedisTransport:
 
     # -- both
 
+    async def _watch(self) -> None:
+        """Notices connections that are dead without saying so, and asks for signs of life."""
+        loop = asyncio.get_running_loop()
+        probe_at = loop.time() + _PROBE
+        while True:
+            await asyncio.sleep(_TICK)
+            self._publisher.tick(owes=self._publisher.owes)
+            self._subscriber.tick(owes=self._pongs < self._pings)
+            if loop.time() >= probe_at:
+                probe_at = loop.time() + _PROBE
+                if self._subscriber.connected:
+                    self._ping_subscriber()
+                if self._publisher.up:
+                    if self._fresh_from <= self._returned < self._accepted - 1:
+                        self._fresh_from = self._accepted + 1  # until then it is not ready
+                    self._probe_due = True
+                    self._work.set()
+                self._look_ready()
+
     async def _reached(self, line: _Line, number: int) -> None:
-        """Wait until the line has settled this much."""
-        if (self._settled if line is self._publisher else line.answered) >= number:
+        """Wait until the line has settled this much. Raises `TransportError` when it breaks before."""
+        if (self._settled if line is self._publisher else self._pongs) >= number:
             return
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((line, number, future))
@@ -329,33 +423,61 @@ class RedisTransport:
         if not line.up:
             if line is self._publisher:
                 self._drop_pending()
-            else:
-                self._work.set()  # whatever happened to Redis, the publisher is to find out now
+            # Whatever happened to Redis, the publisher is to find out now; and only what it sends from now on counts.
+            self._fresh_from = self._probes + 1
+            self._probe_due = True
+            self._work.set()
             error = TransportError(f"{self!r}: the connection was lost: {self._reason}")
             for waiting, _, future in self._waiting:
                 if waiting is line and not future.done():
                     future.set_exception(error)
             self._waiting = [entry for entry in self._waiting if entry[0] is not line]
+            self._first_attempt_over()
+        elif line is self._subscriber:
+            self._probe_due = True  # the last one was sent before anybody here could receive it
+            self._work.set()
         self._look_ready()
 
+    def _first_attempt_over(self) -> None:
+        if self._tried is not None and not self._tried.done():
+            self._tried.set_result(None)
+
     def _look_ready(self) -> None:
-        ready = self._receiver is not None and all(
-            line.up and not line.slow for line in (self._publisher, self._subscriber)
+        ready = (
+            self._receiver is not None
+            and not self._refusal
+            and self._returned >= self._fresh_from
+            and all(line.up and not line.slow for line in (self._publisher, self._subscriber))
         )
-        if ready != self._ready:
-            self._ready = ready
-            reason = self._reason
-            if ready:
-                log.info("%r is ready", self)
-            else:
-                log.warning("%r is not ready: %s", self, reason)
-            if self._receiver is not None:
-                self._receiver.ready_changed(ready, reason)
+        reason = "" if ready else self._reason
+        if ready == self._ready:
+            if reason != self._told:
+                self._tell(reason)
+            return
+        self._ready = ready
+        if ready:
+            log.info("%r is ready", self)
+            self._first_attempt_over()
+        else:
+            log.warning("%r is not ready: %s", self, reason)
+        self._tell(reason)
+
+    def _tell(self, reason: str) -> None:
+        self._told = reason
+        if self._receiver is not None and self._started:
+            self._receiver.ready_changed(self._ready, reason)
 
     @property
     def _reason(self) -> str:
         """Why it is not ready."""
-        return next((line.reason for line in (self._publisher, self._subscriber) if line.reason), "")
+        for line in (self._publisher, self._subscriber):
+            if line.reason:
+                return line.reason
+        if self._refusal:
+            return self._refusal
+        if self._returned < self._fresh_from and self._publisher.up and self._subscriber.up:
+            return "what is published does not come back: do both connections reach the same Redis?"
+        return ""
 
     def __eq__(self, other: object) -> bool:
         """Whether the other one connects to the same channels in the same way."""
@@ -375,29 +497,30 @@ class RedisTransport:
 
 
 class _Line:
-    """One connection to Redis, made again whenever it breaks, for as long as the transport runs."""
+    """One connection to Redis, made again whenever it breaks, for as long as the transport runs.
+
+    A connection that owes an answer and sends nothing is slow after a while, and later broken. Silence is counted in
+    ticks of our own loop: while that stands still, as beside a handler that blocks it, nothing is counted, and what
+    came meanwhile is read before anything is.
+    """
 
     def __init__(self, name: str, transport: RedisTransport) -> None:
         self._name = name
         self._transport = transport
         self._task: asyncio.Task[None] | None = None
-        self.up = False
+        self._session: asyncio.Task[None] | None = None
+        self.connected = False
+        self.up = False  # it works
         self.slow = False
         self.reason = ""  # why it is not up, or slow
-        self.in_flight = 0
-        self.answered = 0
-        self._heard_at = 0.0
+        self.owes = False  # an answer is due
+        self._heard = False  # something arrived since the last tick
+        self._silent = 0.0  # seconds
+        self._timed_out = False
 
-    async def start(self, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
-        """Returns after the first attempt, or three seconds; raises `ConfigurationError` if none can succeed."""
-        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._tried = first
+    def start(self, session: Callable[[AbstractConnection], Coroutine[Any, Any, None]]) -> None:
+        """Connect, in the background."""
         self._task = asyncio.get_running_loop().create_task(self._keep(session))
-        done, _ = await asyncio.wait([first], timeout=_PATIENCE)
-        if done:
-            first.result()
-        else:
-            first.cancel()  # the attempt goes on; whatever comes of it is no error of the start any more
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -407,39 +530,68 @@ class _Line:
             await asyncio.wait([task])
             self.set_up(False)
 
-    async def _keep(self, session: Callable[[AbstractConnection], Awaitable[None]]) -> None:
+    async def _keep(self, session: Callable[[AbstractConnection], Coroutine[Any, Any, None]]) -> None:
         from redis.exceptions import AuthenticationError, RedisError
 
+        loop = asyncio.get_running_loop()
         timeout = self._transport.timeout
         wait = 0.0
         while True:
             connection: AbstractConnection = self._transport._pool.make_connection()  # type: ignore[no-untyped-call]
+            began = loop.time()
+            worked = False
             try:
                 async with asyncio.timeout(timeout):
                     await connection.connect()  # type: ignore[no-untyped-call]
-                self.heard()
-                wait = 0.0
-                await session(connection)
+                self._listen_to(connection)
+                self._session = loop.create_task(session(connection))
+                try:
+                    await self._session
+                finally:
+                    worked = self.up
+                    self._session.cancel()
+            except asyncio.CancelledError:
+                if not self._timed_out:
+                    raise
+                self._down(f"no answer within {timeout} s")
             except TimeoutError:
                 self._down(f"no answer within {timeout} s")
             except (RedisError, OSError) as error:
-                if isinstance(error, AuthenticationError) and not self._tried.done():
-                    self._tried.set_exception(ConfigurationError(f"{self._transport!r} refuses: {error}"))
+                tried = self._transport._tried
+                if isinstance(error, AuthenticationError) and tried is not None and not tried.done():
+                    tried.set_exception(ConfigurationError(f"{self._transport!r} refuses: {error}"))
                     return
                 self._down(str(error) or type(error).__name__)
             except Exception as error:  # the edge: whatever it is, the node goes on and says so
                 log.exception("%r: the %s failed", self._transport, self._name)
                 self._down(f"{type(error).__name__}: {error}")
             finally:
+                self.connected = self._timed_out = False
                 with contextlib.suppress(RedisError, OSError, TimeoutError):
                     await connection.disconnect(nowait=True)
+            # Only a session that worked for a while is a reason to hurry.
+            if worked and loop.time() - began > _LASTED:
+                wait = 0.0
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(max(_FIRST_WAIT, wait * 2), _LONGEST_WAIT)
+
+    def _listen_to(self, connection: AbstractConnection) -> None:
+        """Notice each byte that arrives, also of a message that takes long."""
+        self.connected = True
+        self._heard, self._silent = True, 0.0
+        reader = connection._reader  # redis-py has no public way to it
+        if reader is not None:
+            feed = reader.feed_data
+
+            def feed_and_hear(data: bytes) -> None:
+                self._heard = True
+                feed(data)
+
+            reader.feed_data = feed_and_hear  # type: ignore[method-assign, assignment]
 
     def _down(self, reason: str) -> None:
         self.reason = reason
         self.set_up(False)
-        self._first_attempt_over()
 
     def set_up(self, up: bool) -> None:
         """Tell the transport."""
@@ -448,41 +600,37 @@ class _Line:
         if up:
             self.reason = ""
         self._transport._line_changed(self)
-        if up:
-            self._first_attempt_over()
 
-    def _first_attempt_over(self) -> None:
-        if not self._tried.done():
-            self._tried.set_result(None)
-
-    @contextlib.asynccontextmanager
-    async def asking(self, timeout: float) -> AsyncIterator[None]:
-        """Around a question and its answer: slow after a second, ``TimeoutError`` after ``timeout``."""
-        warning = asyncio.get_running_loop().call_later(_SLOW, self.be_slow)
+    @contextlib.contextmanager
+    def owed(self) -> Iterator[None]:
+        """Around a question and its answer."""
+        self.owes = True
+        self._silent = 0.0
         try:
-            async with asyncio.timeout(timeout):
-                yield
+            yield
         finally:
-            warning.cancel()
-        self.heard()
+            self.owes = False
 
-    def heard(self) -> None:
-        """Redis has answered."""
-        self._heard_at = asyncio.get_running_loop().time()
-        if self.slow:
-            self.slow = False
-            self.reason = ""
+    def tick(self, *, owes: bool) -> None:
+        """A moment has passed: slow after a second of silence, broken after the transport's ``timeout``."""
+        if not self.connected:
+            return
+        if self._heard or not owes:
+            self._heard, self._silent = False, 0.0
+            if self.slow:
+                self.slow = False
+                self.reason = ""
+                self._transport._look_ready()
+            return
+        self._silent += _TICK
+        if self._silent >= self._transport.timeout:
+            self._timed_out = True
+            if self._session is not None:
+                self._session.cancel()
+        elif self._silent >= _SLOW and not self.slow:
+            self.slow = True
+            self.reason = f"no answer for more than {_SLOW} s"
             self._transport._look_ready()
-
-    def silent_for(self) -> float:
-        """Seconds since Redis was heard."""
-        return asyncio.get_running_loop().time() - self._heard_at
-
-    def be_slow(self) -> None:
-        """Redis lets us wait."""
-        self.slow = True
-        self.reason = f"no answer for more than {_SLOW} s"
-        self._transport._look_ready()
 
 
 def _pool(url: str, timeout: float) -> ConnectionPool:

@@ -48,18 +48,10 @@ class FanOut(Protocol):
 
 
 class Link(Protocol):
-    """The way to the other nodes (see `transports.cluster`). Called on the loop, except for `check`."""
+    """The way to the other nodes (see `cluster`). Called on the loop, except for `check`."""
 
     def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
         """Hand the message over; False if the other nodes do not get it."""
-        ...
-
-    def join(self, path: str, room: str) -> None:
-        """The room has its first local member."""
-        ...
-
-    def leave(self, path: str, room: str) -> None:
-        """The room's last local member has left."""
         ...
 
     def check(self, room: str) -> None:
@@ -78,29 +70,30 @@ class Link(Protocol):
 class NamespaceObserver(Protocol):
     """Who is told what happens in a namespace: see `Namespace.observe`.
 
-    All calls come on the server's loop, in the order in which things happen. They must neither wait nor raise.
+    A subclass need not define what it does not care for. All calls come on the server's loop, in the order in which
+    things happen. They must neither wait nor raise.
     """
 
     def admitted(self, socket: Socket[Any]) -> None:
         """The socket is open."""
-        ...
+        return None
 
     def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
         """The socket is addressed no more. It has yet to leave its ``rooms``; `left` tells of each."""
-        ...
+        return None
 
     def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
         """The socket is in the room. ``first``: nobody else is, of this server."""
-        ...
+        return None
 
     def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
         """The socket has left the room. ``last``: nobody is left in it, of this server. ``released``: with the end of
         the connection."""
-        ...
+        return None
 
     def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
         """A message to the rooms (none: to everybody) goes to ``count`` sockets. Told only to those who `listen`."""
-        ...
+        return None
 
 
 class Addressed(int):
@@ -196,6 +189,10 @@ class Namespace:
     def observe(self, observer: NamespaceObserver) -> None:
         """Tell the observer what happens from now on; on the loop, or before the server starts."""
         self._observers = (*self._observers, observer)
+
+    def unobserve(self, observer: NamespaceObserver) -> None:
+        """Tell the observer nothing any more; on the loop."""
+        self._observers = tuple(each for each in self._observers if each is not observer)
 
     def listen(self, observer: NamespaceObserver, listening: bool) -> None:
         """Whether the observer is told of messages, too: it costs time for each. From any thread."""
@@ -353,8 +350,6 @@ class Namespace:
                 return
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             first = not self.index.members(room)
-            if first and self.link is not None:
-                self.link.join(self.path, room)
             self.index.join(socket, room)
             for observer in self._observers:
                 observer.joined(socket, room, first=first)
@@ -375,8 +370,6 @@ class Namespace:
         if not self.index.leave(socket, room):
             return
         last = not self.index.members(room)
-        if last and self.link is not None:
-            self.link.leave(self.path, room)
         for observer in self._observers:
             observer.left(socket, room, last=last, released=released)
 

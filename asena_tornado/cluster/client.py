@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ..errors import ServerStateError, TransportError, UlakError, UlakErrorCode
 from ..hosting import LoopDoor, LoopThread
+from ..transports import RedisTransport
 from ..ulak.broker import BulkOperation, BulkResult, Ulak
 from ..websocket.messages import Message
 from ..websocket.namespace import normalize_path, room_names
 from .cluster import Cluster
-from .redis import RedisTransport
 
 if TYPE_CHECKING:
+    from ..transports import Transport
     from ..websocket.namespace import Namespace
-    from .contract import Transport
 
 R = TypeVar("R")
 
 
-class _Elsewhere:
+class _RemoteNamespace:
     """A namespace as Ulak needs it, all of whose sockets are on other nodes."""
 
     def __init__(self, path: str, link: Cluster) -> None:
@@ -43,7 +43,8 @@ class _Elsewhere:
 
     def _publish(self, rooms: tuple[str, ...] | None, message: Message) -> int:
         if not self.link.publish(self.path, rooms, message, ()):
-            raise TransportError(f"{self.link.transport!r} did not take the message: it is away, or too slow")
+            reason = self.link.why_not_ready or "it is too slow"
+            raise TransportError(f"{self.link.transport!r} did not take the message, or not for every node: {reason}")
         return 0
 
 
@@ -74,6 +75,9 @@ class UlakClient(Ulak):
         try:
             await self._transport.sync()
             await cluster.until_somebody_answers()
+            reason = cluster.why_not_ready
+            if reason is not None:
+                raise TransportError(reason)
         except BaseException:
             await cluster.stop()
             raise
@@ -109,7 +113,7 @@ class UlakClient(Ulak):
             raise UlakError(str(error), code=UlakErrorCode.INVALID_NAMESPACE) from error
         self._check_running(path)
         assert self._cluster is not None
-        return _Elsewhere(path, self._cluster)  # type: ignore[return-value]  # all of a namespace that is used here
+        return _RemoteNamespace(path, self._cluster)  # type: ignore[return-value]  # all of a namespace that is used here
 
     async def _run(self, work: Callable[[], Awaitable[R]]) -> R:
         async def carried() -> R:
