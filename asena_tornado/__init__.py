@@ -30,8 +30,9 @@ from .ioc.inject import Inject, Service
 from .server import AsenaServer
 from .transports import LocalTransport, RedisTransport, Transport
 from .ulak.broker import BulkOperation, BulkResult, Ulak, UlakNamespace, ulak
+from .web.chain import Middleware, MiddlewareService, Next
 from .web.controllers import Controller, Delete, Get, Patch, Post, Put
-from .web.http import Context, Middleware, MiddlewareService, Next, Response
+from .web.http import Context, Response
 from .web.middlewares import RateLimit, RequestLog, TokenAuth
 from .websocket.events import HandlerError
 from .websocket.namespace import Addressed

@@ -287,5 +287,5 @@ def _text(error: BaseException) -> tuple[str, bool]:
         return f"{error.error_count()} validation errors for {error.title}", False
     try:
         return str(error), True
-    except Exception as second:  # an exception of the user's that cannot say what it is
+    except Exception as second:  # noqa: BLE001  # an exception of the user's that cannot say what it is
         return f"(its text raised {type(second).__name__})", True

@@ -11,7 +11,6 @@ import inspect
 import logging
 import math
 import os
-import signal
 import socket as sockets
 import ssl
 import threading
@@ -50,6 +49,7 @@ from .hosting import (
     show_in_cells,
     switching,
     turn,
+    until_signaled,
     wait_for,
     waking,
 )
@@ -59,7 +59,8 @@ from .takeover import Leftovers, bury, take_over
 from .transports import Transport
 from .ulak.broker import Ulak
 from .web.controllers import ControllerHandler
-from .web.http import Hosts, Origins, Refusal
+from .web.http import Refusal
+from .web.origins import Hosts, Origins
 from .websocket.namespace import Namespace, normalize_path
 from .websocket.options import WebSocketOptions
 
@@ -423,33 +424,7 @@ class AsenaServer:
         if not logging.getLogger().handlers:
             logging.basicConfig(level=logging.INFO)
         with asyncio.Runner(loop_factory=lambda: new_event_loop(self._loop, beside=beside())) as runner:
-            runner.run(self._run())
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        main = threading.current_thread() is threading.main_thread()
-        before: dict[signal.Signals, Any] = {}
-        signaled = False
-
-        def stop_soon(*_: object) -> None:
-            # The first cancels the start or, once it serves, begins to drain; a second cancels the draining.
-            nonlocal signaled
-            signaled = True
-            loop.call_soon_threadsafe(task.cancel)
-
-        if main:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, stop_soon)
-        try:
-            await self.serve()
-        except asyncio.CancelledError:
-            if not signaled:
-                raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            runner.run(until_signaled(self.serve))
 
     async def serve(self) -> None:
         """Serve on the caller's loop until `stop` is called or this is cancelled; then drain.

@@ -17,8 +17,9 @@ from .ioc.container import Container
 from .ioc.inject import component_of
 from .transports import LocalTransport, Transport
 from .ulak.broker import Ulak
+from .web.chain import Chain
 from .web.controllers import Controllers
-from .web.http import Chain, Hosts, Origins
+from .web.origins import Hosts, Origins
 from .websocket.door import serving
 from .websocket.namespace import Namespace
 from .websocket.options import WebSocketOptions

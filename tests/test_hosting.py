@@ -448,7 +448,7 @@ def test_a_second_signal_does_not_wait_for_a_handler_that_hangs() -> None:
             assert client.recv() == "welcome"
             script.process.send_signal(signal.SIGINT)
             # It drains, for as long as a handler may take, once nobody listens any more.
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(ConnectionRefusedError, ConnectionResetError):
                 while True:
                     socket.create_connection(client.socket.getpeername()[:2]).close()
             script.process.send_signal(signal.SIGINT)

@@ -209,8 +209,9 @@ def _thread() -> LoopThread:
 async def _connect(request: HTTPRequest, timeout: float) -> Client:
     url = request.url
     client = Client(url, timeout)
+    arrived = client._arrived  # noqa: SLF001  # not for users
     try:
-        opening = websocket_connect(request, on_message_callback=client._arrived, max_message_size=_MAX_MESSAGE_SIZE)
+        opening = websocket_connect(request, on_message_callback=arrived, max_message_size=_MAX_MESSAGE_SIZE)
         connection = await asyncio.wait_for(opening, timeout)
     except HTTPClientError as error:
         if error.code == 599:
@@ -221,7 +222,7 @@ async def _connect(request: HTTPRequest, timeout: float) -> Client:
         raise TimeoutError(f"{shown_url(url)} did not answer within {timeout} s") from None
     if beside() and isinstance(connection.stream, IOStream):
         hold(connection.stream.socket)
-    return client._connected(connection)
+    return client._connected(connection)  # noqa: SLF001  # not for users
 
 
 __all__ = ["Client", "connect"]

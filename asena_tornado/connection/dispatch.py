@@ -182,13 +182,13 @@ class Dispatch:
                     continue
                 if not iscoroutine(result):
                     return result
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - for `_handler_failed`
                 return _Failed(error)
             try:
                 waits_for = result.send(None)
             except StopIteration:
                 continue
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - for `_handler_failed`
                 return _Failed(error)
             return _Begun(result, waits_for)
         return None
@@ -200,7 +200,7 @@ class Dispatch:
             return
         try:
             result = hook(self._source.socket, *args)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
             self._in_background(self._handler_failed(error))
             return
         if result is not None and isawaitable(result):
@@ -225,6 +225,7 @@ class Dispatch:
         """Forget the messages that wait."""
         self._inbox.clear()
         self.size = 0
+        self._full = False
 
     def when_done(self, act: Callable[[], None], grace: float) -> None:
         """Act once the handler is done with what has arrived, after ``grace`` seconds at most."""
@@ -317,7 +318,7 @@ class Dispatch:
                 except InvalidMessageError as error:
                     self._note(error)
                     await self._run(hooks.invalid, socket, error)
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
                     await self._handler_failed(error)
             if self._done is not None and source.state is ReadyState.OPEN:
                 self._now_done()
@@ -345,7 +346,7 @@ class Dispatch:
         except InvalidMessageError as error:
             self._note(error)
             await self._run(self._namespace.hooks.invalid, self._source.socket, error)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - reported, and it goes to on_error
             await self._handler_failed(error)
 
     async def _run_on_close(self) -> None:
@@ -368,7 +369,7 @@ class Dispatch:
             result = hook(*args)
             if result is not None and isawaitable(result):
                 await result
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
             await self._handler_failed(error)
 
     async def _handler_failed(self, error: BaseException) -> None:
@@ -418,7 +419,7 @@ class _Begun:
     def __await__(self) -> Generator[Any, Any, None]:
         try:
             yield self._waits_for
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - goes where it was meant to go
             yield from self._throw(error)
         else:
             yield from self._coroutine.__await__()
@@ -435,7 +436,7 @@ class _Begun:
                 return
             try:
                 yield waits_for
-            except BaseException as another:
+            except BaseException as another:  # noqa: BLE001 - likewise
                 error = another
             else:
                 break

@@ -15,6 +15,7 @@ from .loops import (
     running_loop,
 )
 from .reachability import Reach, reach
+from .signals import until_signaled
 from .switching import switching
 from .turns import lock_within, queue, turn
 from .waiting import AFTER_CANCEL, held_up_at, wait_for
@@ -46,6 +47,7 @@ __all__ = [
     "show_in_cells",
     "switching",
     "turn",
+    "until_signaled",
     "wait_for",
     "waking",
 ]

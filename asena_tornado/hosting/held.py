@@ -341,7 +341,7 @@ def _selector() -> selectors.BaseSelector:
         held = HeldKqueue()
     if held is not None:
         # Not public, but the same in all versions; a version that had another attribute would not look at this one.
-        unused, selector._selector = getattr(selector, "_selector", None), held
+        unused, selector._selector = getattr(selector, "_selector", None), held  # noqa: SLF001
         if unused is not None:
             unused.close()
     return selector  # type: ignore[no-any-return]

@@ -85,7 +85,7 @@ class CellHandler(logging.Handler):
         self._left_out = 0
         try:
             sys.stderr.write(f"asena_tornado: {' '.join(record.getMessage().split())}{more}\n")
-        except Exception:  # as every handler does: logging must not break what it tells of
+        except Exception:  # noqa: BLE001  # as every handler does: logging must not break what it tells of
             self.handleError(record)
 
 

@@ -289,7 +289,7 @@ class LoopThread:
             # Made here, where no interrupt strikes.
             self.loop = new_event_loop(self._kind, beside=True)
             self.door = LoopDoor(self.loop)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # a callback's: the loop goes on
             self._failure = error
             self._ready.release()
             return

@@ -7,7 +7,8 @@ import json
 from html import escape
 from typing import Any
 
-from ..web.http import DiscreetHandler, Hosts, Refusal
+from ..web.http import DiscreetHandler, Refusal
+from ..web.origins import Hosts
 from .view import STATIC, View
 
 _MAX_REQUEST = 1024 * 1024  # bytes

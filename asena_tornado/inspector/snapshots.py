@@ -350,7 +350,7 @@ def _copied(values: Any) -> Any:
         return dict(values)
     try:
         return copy.copy(values)
-    except Exception:  # somebody's own class that is not to be copied
+    except Exception:  # noqa: BLE001  # somebody's own class that is not to be copied
         return values
 
 

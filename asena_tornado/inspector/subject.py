@@ -106,7 +106,7 @@ class Subject:
         scope = self.scope()
         if len(scope) != 1:
             raise NamespaceNotFoundError(
-                f"say which namespace is meant: namespace=… one of {_names(self.server.namespaces)}"
+                f"say which namespace is meant: namespace=… is one of {_names(self.server.namespaces)}"
                 if scope
                 else "the server has no namespaces"
             )

@@ -188,10 +188,9 @@ class Container:
                 return
             self.build()
             assert self._graph is not None
-            inherited = {id(node.instance) for node in running._started} if running is not None else set()
             for node in self._graph.order:
                 try:
-                    if id(node.instance) not in inherited:
+                    if running is None or not running.runs(node.instance):
                         await _run(node, "on_start")
                 except BaseException as error:
                     error.add_note(f"raised by {node.label}.on_start(); what had started has been stopped")
@@ -212,9 +211,12 @@ class Container:
         async with self._lock:
             self._running = False
             if successor is not None:
-                inherited = {id(node.instance) for node in successor._started}
-                self._started = [node for node in self._started if id(node.instance) not in inherited]
+                self._started = [node for node in self._started if not successor.runs(node.instance)]
             await self._stop_started(until)
+
+    def runs(self, instance: object) -> bool:
+        """Whether the instance has started here, and not stopped."""
+        return any(node.instance is instance for node in self._started)
 
     async def _stop_started(self, until: float | None = None) -> None:
         loop = asyncio.get_running_loop()

@@ -21,7 +21,9 @@ from tornado.web import stream_request_body
 from ..errors import ConfigurationError
 from ..ioc.inject import component, listed, needs_self
 from ..websocket.door import CLOSED_DOOR, Door
-from .http import Answered, Chain, Context, Hosts, JsonHandler, Origins, Refusal, Response, answer_to, make_response
+from .chain import Chain
+from .http import Answered, Context, JsonHandler, Refusal, Response, answer_to, make_response
+from .origins import Hosts, Origins
 
 log = logging.getLogger("asena_tornado")
 C = TypeVar("C", bound=type[Any])

@@ -1,32 +1,25 @@
-"""Plain HTTP: requests and responses, origins, and the middleware before handshakes and controllers."""
+"""Plain HTTP: requests as our users see them, responses, and how Tornado's handlers give these."""
 
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import functools
 import inspect
-import ipaddress
 import logging
-import re
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from http.client import responses as phrases
 from types import TracebackType
 from typing import Any, TypeVar, overload
-from urllib.parse import urlsplit
 
 from pydantic_core import from_json, to_json
 from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from ..errors import ConfigurationError, MiddlewareError, bounded, must_propagate, text_of
-from ..ioc.inject import component, needs_self
-from ..websocket.door import Door, serving
+from ..errors import bounded, text_of
 from ..websocket.messages import Invalid, Validator, encode
 
 log = logging.getLogger("asena_tornado")
 T = TypeVar("T")
-C = TypeVar("C", bound=type[Any])
 
 JSON = "application/json; charset=UTF-8"
 _UNSET: Any = object()
@@ -73,9 +66,6 @@ def make_response(body: object, status: int = 200, headers: Mapping[str, object]
     else:
         kind = JSON
     return Response(status, encode(body).payload, headers, content_type=kind)
-
-
-Next = Callable[[], Awaitable[Response | None]]
 
 
 class Answered(Exception):
@@ -229,293 +219,6 @@ def parse_query(request: HTTPServerRequest) -> dict[str, str | list[str]]:
             raise Refusal(400, f"the query parameter {name!r} is not UTF-8") from None
         query[name] = values if len(values) > 1 else values[0]
     return query
-
-
-class Origins:
-    """The pages that may connect: those of the server's own origin, and those of the ``allowed`` ones."""
-
-    def __init__(self, allowed: Sequence[str]) -> None:
-        self._allowed = tuple(origin.rstrip("/").lower() for origin in allowed)
-
-    def check(self, request: HTTPServerRequest, where: str) -> None:
-        """Refuse a request that a page from elsewhere makes."""
-        origins = request.headers.get_list("Origin")
-        if not origins or (len(origins) == 1 and (self.same(origins[0], request.host) or self.listed(origins[0]))):
-            return
-        shown = repr(", ".join(origins))
-        log.warning("%s: refused the origin %s", where, shown)
-        raise Refusal(
-            403,
-            f"the origin {shown} is not allowed; to allow it: AsenaServer(..., allowed_origins=[{shown}])",
-        )
-
-    def allow(self, origin: str) -> None:
-        """Allow one more, such as where a proxy shows the server to browsers."""
-        self._allowed = (*self._allowed, origin.lower())
-
-    def listed(self, origin: str) -> bool:
-        """Whether it is among the allowed ones."""
-        origin = origin.lower()
-        # As it stands first: in a pattern, the brackets of http://[::1] mean something else.
-        return origin in self._allowed or any(fnmatch.fnmatchcase(origin, pattern) for pattern in self._allowed)
-
-    @staticmethod
-    def same(origin: str, host: str) -> bool:
-        """Whether it is the server's own."""
-        try:
-            parts = urlsplit(origin.lower())
-        except ValueError:
-            return False
-        return parts.scheme in ("http", "https") and bool(parts.netloc) and parts.netloc == host.lower()
-
-
-_KNOWN_HOSTS = 100  # that are remembered
-
-
-class Hosts:
-    """The names by which requests may call the server, in their header ``Host``.
-
-    A page elsewhere can have its own name stand for this machine (DNS rebinding). To the browser, and to `Origins`,
-    it is then of the server's own origin; only the name tells.
-    """
-
-    def __init__(self, allowed: Sequence[str] | None) -> None:
-        """``allowed``: names or patterns; None leaves it to `serve`."""
-        for name in allowed or ():
-            given: object = name  # whatever the annotation says
-            if not isinstance(given, str) or not _hostname(name) or "/" in name:
-                raise ConfigurationError(f'a host is written like "example.com" or "*.example.com", not {name!r}')
-        self._allowed = None if allowed is None else tuple(map(_hostname, allowed))
-        self._own: frozenset[str] = frozenset()
-        self._restricted = allowed is not None
-        self._known: set[str] = set()  # hosts as they came that were accepted: looking closely takes its time
-
-    def serve(self, own: Iterable[str | None], *, listeners: Iterable[str], anywhere: bool) -> None:
-        """Say what is served: under its ``own`` names, on the addresses of its ``listeners``.
-
-        Unless a list was given, that is restricted on loopback addresses, but not when browsers may come from
-        ``anywhere`` by names that cannot be known.
-        """
-        self._known.clear()
-        self._own = frozenset(_hostname(name) for name in own if name)
-        self._restricted = self._allowed is not None or (not anywhere and all(map(is_loopback, listeners)))
-
-    def check(self, host: str) -> None:
-        """Refuse a request to a host that is not accepted; ``host`` may have a port."""
-        if not self._restricted or host in self._known:
-            return
-        if self._accepts(_hostname(host)):
-            if len(self._known) < _KNOWN_HOSTS:
-                self._known.add(host)
-            return
-        name = repr(host if len(host) <= 100 else host[:99] + "…")
-        log.warning("refused a request to the host %s", name)
-        raise Refusal(421, f"the host {name} is not accepted; to accept it: AsenaServer(..., allowed_hosts=[{name}])")
-
-    def _accepts(self, name: str) -> bool:
-        # No page from elsewhere can use a loopback name: browsers ask nobody what it stands for.
-        if name in self._own or is_loopback(name):
-            return True
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allowed or ())
-
-
-_BRACKETED = re.compile(r"\[([0-9a-f:.]+)\](?::\d*)?")
-
-
-def _hostname(host: str) -> str:
-    """The name or address without a port, in the one form that all its spellings share."""
-    host = host.lower()
-    bracketed = _BRACKETED.fullmatch(host)
-    if bracketed is not None:
-        host = bracketed[1]
-    elif host.count(":") == 1:
-        host = host.partition(":")[0]
-    host = host.removesuffix(".")
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether it names this very machine: ``localhost`` and what is below it, ``127.0.0.0/8``, ``::1``."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
-
-
-# -- middleware
-
-
-class MiddlewareService:
-    """A base class for middleware. It is optional: what counts is the decorator `Middleware`.
-
-    ``handle(context, next)``, sync or async, does one of three things: it lets the request pass with ``return await
-    next()``, it answers by returning ``context.send(…)``, or it returns nothing without calling ``next``, which refuses
-    the request with 403. ``await next()`` returns the response of what comes after, or None when a handshake may go on.
-    """
-
-    __asena_decorator__ = "@Middleware()"
-
-    # Open, so that overriding it as a plain function or as a coroutine type-checks.
-    def handle(self, *args: Any, **kwargs: Any) -> Any:
-        """Pass, answer or refuse."""
-        raise NotImplementedError(f"{type(self).__name__} needs a method handle(self, context, next)")
-
-
-@overload
-def Middleware(name: C, /) -> C: ...
-@overload
-def Middleware(name: str | None = None) -> Callable[[C], C]: ...
-def Middleware(name: Any = None) -> Any:
-    """Make a class with ``handle(self, context, next)`` middleware, for ``middlewares=[…]``.
-
-        @Middleware()
-        class Auth(MiddlewareService):
-            async def handle(self, context: Context, next: Next) -> Response | None:
-                if context.bearer_token != "secret":
-                    return context.send({"error": "Unauthorized"}, 401)
-                context.set_websocket_value({"username": "Ann"})
-                return await next()
-
-    Like a `Service`, it is built once per server, and other components can be injected into it. It fails closed: a
-    request that a middleware neither lets pass nor answers is refused with 403, and one in which it raises is answered
-    with 500.
-
-    Args:
-        name: What it is injected by; by default the class's name. ``@Middleware`` without parentheses works, too.
-
-    Raises:
-        ConfigurationError: The class has no ``handle``.
-    """
-
-    def decorate(cls: C) -> C:
-        if getattr(cls, "handle", None) in (None, MiddlewareService.handle):
-            raise ConfigurationError(f"@Middleware() on {cls!r}: it needs a method handle(self, context, next)")
-        needs_self(cls, "handle")
-        return component(cls, kind="Middleware", name=None if name is cls else name)
-
-    if inspect.isroutine(name):
-        raise ConfigurationError(
-            f"@Middleware goes above a class with handle(self, context, next), not the function {name.__name__}"
-        )
-    return decorate(name) if isinstance(name, type) else decorate
-
-
-class _Next:
-    """The ``next`` of one middleware: runs the rest of the chain, once, when it is awaited."""
-
-    __slots__ = ("_rest", "called", "response", "state")
-
-    def __init__(self, rest: Callable[[], Awaitable[Response | None]]) -> None:
-        self._rest = rest
-        self.response: Response | None = None
-        self.called = 0
-        self.state = "waiting"
-
-    def __call__(self) -> _Next:
-        self.called += 1
-        if self.called > 1:
-            raise MiddlewareError("next() was called twice")
-        return self
-
-    def __await__(self) -> Generator[Any, None, Response | None]:
-        if not self.called:
-            raise MiddlewareError("next is a function: await next()")
-        return self._wait().__await__()
-
-    async def _wait(self) -> Response | None:
-        if self.state == "waiting":
-            self.state = "running"
-            try:
-                self.response = await self._rest()
-            except BaseException:
-                self.state = "failed"
-                raise
-            self.state = "done"
-        elif self.state != "done":
-            raise MiddlewareError(f"next() was awaited when it {_STATES[self.state]}")
-        return self.response
-
-    def end(self) -> None:
-        """The middleware has decided: a ``next`` kept for later can no longer be called."""
-        if self.state == "waiting":
-            self.state = "over"
-
-
-_STATES = {
-    "running": "was still running",
-    "failed": "had failed",
-    "over": "was too late: the middleware had returned",
-}
-
-
-class Chain:
-    """Middleware in order, and what is behind it. It fails closed: only what every one let pass gets there."""
-
-    def __init__(self, middlewares: Sequence[Any], where: str) -> None:
-        """``middlewares``: instances. ``where`` says in the log whose they are."""
-        self._where = where
-        self._links: list[tuple[str, Callable[..., Any]]] = []
-        for middleware in middlewares:
-            name, handle = type(middleware).__name__, getattr(middleware, "handle", None)
-            try:
-                inspect.signature(handle).bind(None, None)  # type: ignore[arg-type]  # None raises what is caught
-            except TypeError:
-                raise ConfigurationError(
-                    f"{name} cannot be middleware of {where}: it needs a method handle(self, context, next)"
-                ) from None
-            self._links.append((name, handle))  # type: ignore[arg-type]  # it has a signature
-
-    async def run(
-        self, context: Context, last: Callable[[], Awaitable[Response | None]], door: Door
-    ) -> Response | None:
-        """The response; None if that is what ``last`` returned and no middleware has put one in its place.
-
-        ``door``: that of the server. What raises is logged and answered with 500.
-        """
-        token = serving.set(door)
-        try:
-            response: Response | None = await self._step(0, context, last)
-            return response
-        except Answered as answered:
-            return answered.response
-        except BaseException as error:
-            if must_propagate(error):
-                raise
-            log.error("%s failed: %s", self._where, text_of(error), exc_info=bounded(error))
-            return make_response({"error": "internal error"}, 500)
-        finally:
-            serving.reset(token)
-
-    async def _step(self, index: int, context: Context, last: Callable[[], Awaitable[Response | None]]) -> Any:
-        if index == len(self._links):
-            return await answer_to(last)
-        name, handle = self._links[index]
-        next = _Next(functools.partial(self._step, index + 1, context, last))
-        result = await answer_to(handle, context, next)
-        # Once more, for middleware that caught the error which the second call had raised.
-        if next.called > 1:
-            raise MiddlewareError(f"{name} called next() twice")
-        if (result is None or result is True) and next.called and next.state == "waiting":
-            return await next  # called by a plain function, which cannot await it
-        next.end()
-        if isinstance(result, Response):
-            return result
-        if result is False or (result is None and not next.called):
-            log.info("%s: %s refused: it neither called next() nor returned a response", self._where, name)
-            return make_response({"error": "forbidden"}, 403)
-        if result is None or (result is True and next.called):
-            if next.state == "done":
-                return next.response
-            raise MiddlewareError(f"{name} returned nothing although next() {_STATES[next.state]}")
-        raise MiddlewareError(
-            f"{name}.handle returned {result if result is True else type(result)!r}; it must return a response, "
-            "context.send(…) or context.json(…), or nothing after await next()"
-        )
 
 
 async def answer_to(function: Callable[..., Any], *args: Any) -> Any:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConfigurationError
-from .http import Context, Middleware, MiddlewareService, Next, Response
+from .chain import Middleware, MiddlewareService, Next
+from .http import Context, Response
 
 
 @Middleware()

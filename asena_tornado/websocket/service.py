@@ -285,7 +285,7 @@ def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
     names = getattr(owner, "__globals__", None) or vars(module or object)
     try:
         return eval(annotation, dict(names), dict(here))
-    except Exception:  # a name defined further down, or a broken annotation: see _needed
+    except Exception:  # noqa: BLE001  # a name defined further down, or a broken annotation: see _needed
         return annotation
 
 
