@@ -25,6 +25,7 @@ from .errors import (
     UlakError,
     UlakErrorCode,
 )
+from .inspector.inspector import Inspector
 from .ioc.inject import Inject, Service
 from .server import AsenaServer
 from .transports import LocalTransport, RedisTransport, Transport
@@ -38,6 +39,8 @@ from .websocket.namespace import Addressed
 from .websocket.options import WebSocketOptions
 from .websocket.service import AsenaWebSocketService, WebSocket
 from .websocket.sockets import ReadyState, Socket, SocketData
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Addressed",
@@ -64,6 +67,7 @@ __all__ = [
     "HookNameWarning",
     "Inject",
     "InjectionError",
+    "Inspector",
     "InvalidMessageError",
     "LocalTransport",
     "Middleware",
@@ -98,6 +102,7 @@ __all__ = [
     "UlakNamespace",
     "WebSocket",
     "WebSocketOptions",
+    "__version__",
     "connect",
     "ulak",
 ]

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m asena_tornado", description="Live WebSocket rooms.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a small chat with a page to talk in, and the inspector beside it")
-    demo.add_argument("--port", type=int, default=3000, help="3000 unless said otherwise; 0 for any free one")
+    demo.add_argument("--port", type=int, default=3000, help="the port, by default 3000; 0 picks a free one")
     serve = commands.add_parser("serve", help="run a server that a module of yours makes; Ctrl+C stops it")
     serve.add_argument(
         "target", metavar="module:server", help="such as app:server, for server = AsenaServer(…) in app.py"
@@ -43,32 +43,32 @@ def _find(target: str) -> AsenaServer:
     """The server that ``module:server`` names; raises ``LookupError`` that says what is there instead."""
     name, _, attribute = target.partition(":")
     if not name or not attribute:
-        raise LookupError(f"{target!r} names no server; write module:server, such as app:server")
+        raise LookupError(f"{target!r} does not name a server: write module:server, such as app:server")
     module = _module(name)
     servers = [each for each, value in vars(module).items() if isinstance(value, AsenaServer)]
     found: object = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            there = f"there is {', '.join(servers)}" if servers else "it makes no AsenaServer"
+            there = f"its servers: {', '.join(servers)}" if servers else "it has no AsenaServer"
             raise LookupError(f"{name} has no {attribute!r}; {there}")
         found = getattr(found, part)
     if not isinstance(found, AsenaServer):
-        there = f"; there is {', '.join(servers)}" if servers else ""
-        raise LookupError(f"{target} is no AsenaServer but {type(found).__name__!r}{there}")
+        there = f"; the servers there: {', '.join(servers)}" if servers else ""
+        raise LookupError(f"{target} is not an AsenaServer, but of type {type(found).__name__!r}{there}")
     if found.state != "new":
-        raise LookupError(f"{target} is started by its module: leave that to this command")
+        raise LookupError(f"{target} is already started by its module: leave starting to this command")
     return found
 
 
 def _module(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise LookupError(f"{name!r} is no module; write its name as in an import, such as package.app")
+        raise LookupError(f"{name!r} is not the name of a module: write it as in an import, such as package.app")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         found = importlib.util.find_spec(name)
-    except ModuleNotFoundError as error:  # of the package that it is said to be in
+    except ModuleNotFoundError as error:  # the package it should be in
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         found = None

@@ -36,11 +36,15 @@ __all__ = [
 
 
 class AsenaError(Exception):
-    """The root of everything this package raises on purpose."""
+    """The base class of everything this package raises on purpose."""
 
 
 class BackpressureError(AsenaError):
-    """Another thread hands the server more to send than its loop gets done; what raises this was not sent."""
+    """Another thread sends faster than the server's loop can follow. What raises this was not sent.
+
+    Other threads may be 64 MiB ahead of the loop. Beyond that, sending waits; in a thread with a loop of its own, which
+    must not wait, it raises this. Await something there that follows the server, such as ``server.ulak``.
+    """
 
 
 class ConfigurationError(AsenaError, ValueError):
@@ -48,15 +52,20 @@ class ConfigurationError(AsenaError, ValueError):
 
 
 class HookNameWarning(UserWarning):
-    """A method's name is nearly that of a hook, which would then never be called."""
+    """A method's name is nearly that of a hook, so it would never be called."""
 
 
 class ServerStateError(AsenaError, RuntimeError):
-    """The call needs a server in another state: not started, already stopped, or on another thread."""
+    """The call needs a server in another state: it has not started, has stopped, or is on this very thread."""
 
 
 class PortInUseError(AsenaError, OSError):
-    """Somebody else listens on the port. Carries ``port`` (int) and ``address`` (str or None)."""
+    """Something else listens on the port.
+
+    Attributes:
+        port: The port.
+        address: The address that was asked for; None for every interface.
+    """
 
     def __init__(self, message: str, *, port: int, address: str | None) -> None:
         super().__init__(message)
@@ -72,9 +81,14 @@ class EncodeError(AsenaError, TypeError):
 class InvalidMessageError(AsenaError, ValueError):
     """A client's message is not what ``on_message`` asks for.
 
-    ``errors`` is a list of mappings in pydantic's form (``type``, ``loc``, ``msg``); ``raw`` is what came. At most
-    100 errors are listed; if there are more, a last entry of the type ``"more_errors"`` says how many. When a message
-    has over 5,000 values, only the first error of each list is looked for, and that entry says so.
+    When a message has more than 5,000 values, only the first error of each list is looked for, and the last entry of
+    ``errors`` says so. (Inside models, pydantic 2.11 and 2.12 look for all of them.)
+
+    Attributes:
+        message: What is wrong, in a sentence.
+        errors: Mappings in pydantic's form (``type``, ``loc``, ``msg``), at most 100. If there are more, a last one of
+            the type ``"more_errors"`` says how many.
+        raw: The message as it came.
     """
 
     def __init__(self, message: str, *, errors: Sequence[Mapping[str, Any]], raw: str | bytes) -> None:
@@ -85,7 +99,7 @@ class InvalidMessageError(AsenaError, ValueError):
 
 
 class MiddlewareError(AsenaError, RuntimeError):
-    """Middleware did what it may not: called ``next`` twice, or returned something that is no response."""
+    """Middleware called ``next`` twice, or returned something other than a response."""
 
 
 class RoomNameError(AsenaError, ValueError):
@@ -101,19 +115,24 @@ class SocketClosedError(AsenaError, RuntimeError):
 
 
 class SocketNotFoundError(AsenaError, LookupError):
-    """No connected socket has this id, or several have this prefix."""
+    """No connected socket has this id, or several ids begin with it."""
 
 
 class NamespaceNotFoundError(AsenaError, LookupError):
-    """No namespace has this path, or it has to be said which of several is meant."""
+    """No namespace has this path, or there are several and none was named."""
 
 
 class TransportError(AsenaError, ConnectionError):
-    """The other nodes cannot be reached at the moment. The transport goes on trying."""
+    """The other nodes cannot be reached at the moment. The transport keeps trying."""
 
 
 class ConnectionClosed(AsenaError, ConnectionError):
-    """The client's connection is closed. Carries ``code`` (int or None) and ``reason`` (str)."""
+    """The client's connection is closed.
+
+    Attributes:
+        code: The close code, or None when the connection ended without one.
+        reason: The reason that came with it.
+    """
 
     def __init__(self, code: int | None, reason: str = "") -> None:
         what = "without a code" if code is None else f"with code {code}"
@@ -123,7 +142,13 @@ class ConnectionClosed(AsenaError, ConnectionError):
 
 
 class HandshakeRefused(AsenaError, ConnectionError):
-    """The server answered the handshake with plain HTTP. Carries ``status`` (int) and ``body`` (str)."""
+    """The server answered the handshake with plain HTTP.
+
+    Attributes:
+        url: The address.
+        status: The HTTP status, such as 401.
+        body: The body, as text.
+    """
 
     def __init__(self, url: str, status: int, body: str) -> None:
         shown = body if len(body) <= 500 else body[:500] + "…"
@@ -134,7 +159,12 @@ class HandshakeRefused(AsenaError, ConnectionError):
 
 
 class InjectionError(AsenaError):
-    """A component cannot be built. Carries ``component`` and ``field`` (names, or None)."""
+    """A component cannot be built or injected.
+
+    Attributes:
+        component: The name of the class that has the field, or None.
+        field: The name of the field, or None.
+    """
 
     def __init__(self, message: str, *, component: str | None = None, field: str | None = None) -> None:
         super().__init__(message)
@@ -143,7 +173,11 @@ class InjectionError(AsenaError):
 
 
 class CircularDependencyError(InjectionError):
-    """Components that need each other. ``cycle`` names them in order, first and last the same."""
+    """Components need each other, so none can be built first. The message names the line to write instead.
+
+    Attributes:
+        cycle: The names of the classes in order; the first and the last are the same.
+    """
 
     def __init__(
         self, message: str, *, cycle: Sequence[str], component: str | None = None, field: str | None = None
@@ -166,7 +200,12 @@ class UlakErrorCode(StrEnum):
 
 
 class UlakError(AsenaError):
-    """Ulak could not do what was asked. Carries ``code`` and ``namespace``; ``__cause__`` where there is one."""
+    """Ulak could not do what was asked; ``__cause__`` is the error behind it, where there is one.
+
+    Attributes:
+        code: An `UlakErrorCode`.
+        namespace: The path of the namespace, or None.
+    """
 
     def __init__(self, message: str, *, code: UlakErrorCode, namespace: str | None = None) -> None:
         super().__init__(message)

@@ -72,37 +72,22 @@ State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
 # Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
 _HASTE = 0.1
-_SLACK = 2.0  # seconds past a time limit after which somebody who waits gives up on a loop that does not answer
-_FOREVER = 1e7  # seconds; more than any wait can be told
+_SLACK = 2.0  # seconds after a time limit at which a caller gives up on a loop that does not answer
+_FOREVER = 1e7  # seconds; the longest wait that can be asked for
 _MAX_HEADER_SIZE = 16 * 1024  # bytes
 
 
 class AsenaServer:
     """A server for WebSocket services, wherever its loop is to live.
 
-    ``components``: classes (or instances) decorated with `WebSocket`, `Controller`, `Service`. ``port``: 0 picks a
-    free one. ``address``: where to listen; ``None`` for every interface. ``options``: limits for all namespaces
-    that bring none of their own. ``allowed_origins``: origins of pages that may connect besides the server's own,
-    such as ``"https://example.com"``; ``"*"`` matches anything. ``allowed_hosts``: names by which requests may call
-    the server (``Host``), such as ``"example.com"`` or ``"*.example.com"``, ports aside; others are answered with 421.
-    By default these are, on a loopback address, the loopback names, ``address`` and the host of ``public_url``, which
-    a list adds to: else a page that has its own name stand for this machine could talk to the server. On other
-    addresses, and mounted, it is any name, until a list is given. ``["*"]`` accepts any. ``max_body_size``: bytes that
-    the body of a request to a controller may have; a larger one is answered with 413. ``max_buffered_bytes``: what may
-    wait in all, for clients to take it and for handlers, bytes that many wait for counted once; past it the slowest
-    clients are cut off (1013). By default a quarter of the memory there is. ``ssl_options``: an ``ssl.SSLContext`` for
-    TLS.
-    ``public_url``: where browsers reach it when that is not where it listens, with ``{port}`` for the port.
-    ``transport``: what connects it with other nodes, such as ``RedisTransport("redis://…")``; by default it is alone.
-    ``on_gap``: called with a `Gap` when messages of another node are known to be lost.
-    ``inspector_path``: where to serve the live inspector as a page, such as ``"/inspector"``; it asks for a token,
-    see `inspector_url`. ``inspector_read_only``: that page can look but not act.
-    ``loop``: whose event loop `start` and `run` make, ``"asyncio"`` or ``"uvloop"``. ``"auto"`` is asyncio's for
-    `start`, as that stays live beside a cell that computes, and for `run` uvloop's where it is installed.
-    ``switch_interval``: seconds, see `start`; None leaves the interpreter's.
+    Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async program),
+    or `mount` (an existing Tornado application):
 
-    Start it with `start` (a notebook, a REPL, a test), `run` (a script), ``async with`` or `serve` (an async
-    program) or `mount` (an existing Tornado application).
+        server = AsenaServer(ChatSocket, port=3000).start()
+        server.inspector  # who is connected, in which rooms
+
+    Each client takes a file descriptor. Where ``ulimit -n`` allows no more, that is logged once, and new connections
+    wait until others have closed.
     """
 
     def __init__(
@@ -124,24 +109,63 @@ class AsenaServer:
         loop: LoopKind = "auto",
         switch_interval: float | None = 0.00002,  # seconds
     ) -> None:
+        """Make a server; nothing is built and nothing listens before it starts.
+
+        Args:
+            *components: Classes decorated with `WebSocket`, `Controller` or `Service`, or instances of them. What they
+                inject comes along and need not be listed.
+            port: Where to listen, 0 to 65535; 0 picks a free port. Not used when mounted.
+            address: Host name or IP address to listen on; None listens on every interface.
+            options: Limits and times of every namespace that brings none of its own.
+            allowed_origins: Origins of pages that may connect besides the server's own, such as
+                ``"https://example.com"``. ``*`` in one matches anything.
+            allowed_hosts: Names by which requests may call the server (``Host``), without ports, such as
+                ``"example.com"`` or ``"*.example.com"``; others are answered with 421. ``["*"]`` accepts any. Loopback
+                names are always accepted. By default, a server on a loopback address accepts those, ``address`` and the
+                host of ``public_url``, which a list adds to: otherwise a page could have its own name stand for this
+                machine and talk to the server (DNS rebinding). On other addresses, and mounted, any name is accepted
+                until a list is given.
+            max_body_size: Bytes that the body of a request to a controller may have; a larger one is answered with 413.
+            max_buffered_bytes: Bytes that may wait in the whole server, for clients to take them and for handlers; what
+                waits for many clients counts once. Beyond it, the slowest clients are cut off (1013). None means a
+                quarter of the memory there is.
+            ssl_options: For TLS, an ``ssl.SSLContext`` of the server's side: ``ssl.create_default_context(
+                ssl.Purpose.CLIENT_AUTH)``, with a certificate loaded by its ``load_cert_chain``.
+            public_url: Where browsers reach the server when that is not where it listens, such as behind a proxy;
+                ``{port}`` in it stands for the port.
+            transport: What connects the server with other nodes, such as ``RedisTransport("redis://localhost")``. None
+                means that it is alone.
+            on_gap: Called with a `Gap` when messages of another node are known to be lost.
+            inspector_path: Where to serve the live inspector as a page, such as ``"/inspector"``. It asks for a token:
+                see `inspector_url`.
+            inspector_read_only: Whether that page can only look and not act.
+            loop: The event loop that `start` and `run` make: ``"asyncio"`` or ``"uvloop"``. ``"auto"`` is asyncio's for
+                `start`, as that stays live beside a cell that computes, and for `run` uvloop's where it is installed.
+            switch_interval: Seconds that the interpreter's switch interval is set to while the server runs on a thread,
+                at most: see `start`. None leaves it alone.
+
+        Raises:
+            ConfigurationError: An argument cannot work; the message says why.
+            InjectionError: A component has no decorator.
+        """
         if isinstance(allowed_origins, str):
-            raise ConfigurationError(f"allowed_origins is a list: [{allowed_origins!r}]")
+            raise ConfigurationError(f"allowed_origins must be a list: [{allowed_origins!r}]")
         if isinstance(allowed_hosts, str):
-            raise ConfigurationError(f"allowed_hosts is a list: [{allowed_hosts!r}]")
+            raise ConfigurationError(f"allowed_hosts must be a list: [{allowed_hosts!r}]")
         if not isinstance(options, WebSocketOptions | None):
             raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
         given: object = port  # whatever the annotation says
         if not isinstance(given, int) or not 0 <= port <= 65535:
-            raise ConfigurationError(f"a port is a number from 0 (any free one) to 65535, not {port!r}")
+            raise ConfigurationError(f"port must be a number from 0 (any free one) to 65535, not {port!r}")
         if max_body_size < 0:
-            raise ConfigurationError(f"max_body_size is a number of bytes, not {max_body_size}")
+            raise ConfigurationError(f"max_body_size must be a number of bytes, not {max_body_size}")
         if max_buffered_bytes is not None and max_buffered_bytes < 1:
-            raise ConfigurationError(f"max_buffered_bytes is a number of bytes, or None, not {max_buffered_bytes}")
+            raise ConfigurationError(f"max_buffered_bytes must be a number of bytes, or None, not {max_buffered_bytes}")
         if loop not in get_args(LoopKind):
-            raise ConfigurationError(f'loop is "auto", "asyncio" or "uvloop", not {loop!r}')
+            raise ConfigurationError(f'loop must be "auto", "asyncio" or "uvloop", not {loop!r}')
         given = switch_interval
         if given is not None and not (type(given) in (int, float) and 1e-6 <= given < math.inf):
-            raise ConfigurationError(f"switch_interval is a number of seconds, or None, not {switch_interval!r}")
+            raise ConfigurationError(f"switch_interval must be a number of seconds, or None, not {switch_interval!r}")
         self._wanted_port = port
         self._port: int | None = None
         self._address = address
@@ -198,7 +222,7 @@ class AsenaServer:
         return self._state
 
     def _notice_the_end(self) -> None:
-        """A loop that has ended without a stop has taken the server along: say so, and give back what it had."""
+        """A loop that ended without a stop has ended the server, too: log it, and release what it had."""
         door = self._door
         if self._state not in ("starting", "running", "stopping") or door is None:
             return
@@ -228,29 +252,41 @@ class AsenaServer:
 
     @property
     def port(self) -> int:
-        """The port it listens on; with ``port=0``, known once started."""
+        """The port it listens on; with ``port=0``, known once it has started.
+
+        Raises:
+            ServerStateError: It is not known yet.
+        """
         if self._port is not None:
             return self._port
         if self._wanted_port == 0:
-            raise ServerStateError("port=0 becomes a number when the server starts: call server.start() first")
+            raise ServerStateError(
+                "with port=0, the port is known once the server has started: call server.start() first"
+            )
         return self._wanted_port
 
     @property
     def namespaces(self) -> Mapping[str, Namespace]:
-        """Path to `Namespace`, as the container found them."""
+        """The namespaces by their paths. Builds the components, if that has not happened yet."""
         self._site.build()
         return dict(self._site.namespaces)
 
     @property
     def ulak(self) -> Ulak:
-        """The broker, which sends to any namespace by its path."""
+        """The `Ulak` of this server, which sends to any namespace by its path."""
         return self._site.ulak
 
     def url(self, path: str = "/") -> str:
-        """Where a browser finds the path: ``ws(s)://…`` for a namespace, ``http(s)://…`` otherwise.
+        """Return where a browser finds a path: ``ws(s)://…`` for a namespace, ``http(s)://…`` otherwise.
 
-        That is the address it listens on, unless ``public_url`` or the notebook's surroundings say otherwise (see
-        `hosting.reachability`).
+        That is the address it listens on, unless ``public_url`` says otherwise, or the notebook's surroundings do: the
+        environment variable ``ASENA_PUBLIC_URL``, JupyterHub, or a proxy that is known.
+
+        Args:
+            path: The path, with or without its leading slash; a query string may follow.
+
+        Raises:
+            ServerStateError: The port is not known yet.
         """
         return self._address_of(path, self._reach().base)
 
@@ -276,7 +312,12 @@ class AsenaServer:
 
     @property
     def inspector_url(self) -> str:
-        """Where the inspector's page is, with the token that opens it: whoever has this can act on every socket."""
+        """Where the inspector's page is, with the token that opens it. Whoever has this can act on every socket.
+
+        Raises:
+            ConfigurationError: The server has no ``inspector_path``.
+            ServerStateError: The port is not known yet.
+        """
         if self._inspector_path is None:
             raise ConfigurationError('there is no inspector page: AsenaServer(..., inspector_path="/inspector")')
         return self.url(f"{self._inspector_path}?token={self._desk.token}")
@@ -288,34 +329,52 @@ class AsenaServer:
 
     @property
     def ready(self) -> bool:
-        """Whether it runs and, if there is a transport, reaches the other nodes. A load balancer may ask for it."""
+        """Whether it runs and, if it has a transport, reaches the other nodes. A load balancer may ask for it."""
         return self.state == "running" and (self.cluster is None or self.cluster.ready)
 
     # -- starting
 
     def start(self, *, hosting: Literal["thread", "kernel"] = "thread") -> Self:
-        """Start, and return the server once it listens. Starting a running server changes nothing.
+        """Start, and return the server once it listens. Starting a server that runs changes nothing.
 
-        A server of this process that was started the same way on the same port is *replaced*: its connections and
-        rooms pass to this one without the clients noticing, ``on_open`` is not called again, and the old server
-        object is done. That is what running a notebook cell again does. If this server cannot start, the old one
-        goes on. A namespace that is gone is closed with 1012, and so is a socket whose values no longer fit.
+        A server of this process that was started the same way on the same port is *replaced*: its connections and rooms
+        pass to this one without the clients noticing, ``on_open`` is not called again, and the old server object is
+        done. That is what running a notebook cell again does. If this server cannot start, the old one goes on. Clients
+        of a namespace that no longer exists are closed with 1012, and so are sockets whose values no longer fit the
+        service's type.
 
-        ``hosting="thread"``: on a daemon thread with a loop of its own; it stays live while a cell computes. For that
-        the interpreter's switch interval (``sys.setswitchinterval``) is at most the server's ``switch_interval`` until
-        the last such server has stopped, and then what it was before. A shorter interval of yours is kept, and so is
-        one that you set while servers run.
-        ``hosting="kernel"``: on the loop that is already running in this thread; handlers share it with the cells.
-        Raises `PortInUseError`, what a component's ``on_start`` raises, and `ServerStateError`.
+        With ``hosting="thread"`` it serves from a daemon thread with a loop of its own, and stays live while a cell
+        computes. To that end the interpreter's switch interval (``sys.setswitchinterval``) is at most the server's
+        ``switch_interval`` until the last such server has stopped, and then what it was before. A shorter interval that
+        you have set is kept, and so is one that you set while servers run. C code that holds the interpreter lock still
+        stops the server while it runs, garbage collection included: after your imports, ``gc.collect(); gc.freeze()``
+        makes that shorter.
+
+        With ``hosting="kernel"`` it serves on the loop that is already running in this thread: handlers share the
+        thread with the cells, and wait while one runs. There, await `aclose` instead of calling `stop`, or install
+        ``nest-asyncio2`` for calls that block. (``nest_asyncio``, its predecessor, loses queued cells on ipykernel 7
+        and is refused.) A cell that stops that loop, as by ``IOLoop.current().stop()``, ends the kernel.
+
+        Args:
+            hosting: ``"thread"`` or ``"kernel"``.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            PortInUseError: Something else listens on the port.
+            ServerStateError: It runs with another hosting, or there is no running loop for ``"kernel"``.
+            InjectionError: A component cannot be built; `CircularDependencyError` for components that need each other.
+            Exception: What a component's constructor or ``on_start`` raises.
         """
         if hosting not in ("thread", "kernel"):
-            raise ConfigurationError(f'hosting is "thread" or "kernel", not {hosting!r}')
+            raise ConfigurationError(f'hosting must be "thread" or "kernel", not {hosting!r}')
         # A loop that runs here must not wait for long: it may be what the other one waits for.
         patience = -1.0 if running_loop() is None or in_cell() else _SLACK
         with lock_within(self._lock, patience), turn(self._wanted_port, timeout=patience):
             if self.state in ("starting", "running"):
                 if self._hosting != hosting:
-                    raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+                    raise ServerStateError(f"the server is already running (hosting={self._hosting!r}): stop it first")
                 return self
             self._begin(hosting)
             try:
@@ -331,7 +390,7 @@ class AsenaServer:
                     loop = running_loop()
                     if loop is None:
                         raise ServerStateError(
-                            'hosting="kernel" needs a loop that runs already, as in a notebook; '
+                            'hosting="kernel" needs a loop that is already running, as in a notebook; '
                             "elsewhere use server.start() or server.run()"
                         )
                     in_empty_context(lambda: self._open_in_background(old))
@@ -348,7 +407,15 @@ class AsenaServer:
         return self
 
     def run(self) -> None:
-        """Serve until SIGINT or SIGTERM, or until `stop` is called; then drain. For scripts."""
+        """Serve until SIGINT or SIGTERM, or until `stop` is called; then drain and return. For scripts.
+
+        A second signal ends the draining. Where nothing has configured `logging`, messages of level INFO are shown.
+
+        Raises:
+            ServerStateError: A loop runs in this thread, or the server runs already.
+            PortInUseError: Something else listens on the port.
+            Exception: As for `start`.
+        """
         if running_loop() is not None:
             raise ServerStateError(
                 "run() blocks and needs a thread without a running loop; in a notebook use server.start(), "
@@ -360,7 +427,13 @@ class AsenaServer:
             runner.run(until_signaled(self.serve))
 
     async def serve(self) -> None:
-        """Serve on the caller's loop until `stop` is called or this is cancelled; then drain."""
+        """Serve on the caller's loop until `stop` is called or this is cancelled; then drain.
+
+        Raises:
+            ServerStateError: The server runs already.
+            PortInUseError: Something else listens on the port.
+            Exception: As for `start`.
+        """
         async with self:
             log.info("serving %s at %s", ", ".join(self._site.paths) or "nothing", self.url())
             await self._stopped.wait()
@@ -368,7 +441,7 @@ class AsenaServer:
     async def __aenter__(self) -> Self:
         with self._lock:
             if self.state in ("starting", "running"):
-                raise ServerStateError(f"the server already runs (hosting={self._hosting!r}); stop it first")
+                raise ServerStateError(f"the server is already running (hosting={self._hosting!r}): stop it first")
             self._begin("caller")
         try:
             # A task of its own, so that what listens is not tied to the caller's context.
@@ -392,15 +465,24 @@ class AsenaServer:
     def mount(self, app: Application) -> Self:
         """Add the routes to an existing Tornado application.
 
-        Components start on the application's loop: at once if it runs already, else with the first request; they
-        stop with `aclose`, or when ``asyncio.run`` ends. `port` and `url` are the application's business.
-        Raises `ConfigurationError` when this server is mounted there already, unless it can be started by that.
+        Components start on the application's loop: at once if it runs already, else with the first request. They stop
+        with `aclose`, or when ``asyncio.run`` ends. The port and the address are the application's business, so `port`
+        and `url` do not know them.
+
+        Args:
+            app: The application.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            ConfigurationError: The server is mounted on this application already.
         """
         if app not in self._mounted:
             app.add_handlers(r".*", self.routes())
             self._mounted.add(app)
         elif self._state not in ("new", "stopped") or (self._state == "new" and running_loop() is None):
-            raise ConfigurationError("this server is mounted on this application already; once is enough")
+            raise ConfigurationError("this server is already mounted on this application")
         if self._state == "stopped":
             self._state = "new"
         if running_loop() is not None and self._state == "new":
@@ -409,7 +491,7 @@ class AsenaServer:
         return self
 
     def routes(self) -> list[Any]:
-        """The routes, as for ``tornado.web.Application([...])``; otherwise like `mount`."""
+        """Return the routes, to be put into ``tornado.web.Application([...])``; otherwise like `mount`."""
         site = self._site
         site.build()
         hosts = self._hosts
@@ -478,7 +560,7 @@ class AsenaServer:
             http = self._make_http() if self._listeners else None
             await self._site.start()
             if self._state != "starting":
-                # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+                # The thread that waited for the start was interrupted, and has given it up meanwhile.
                 await self._site.stop()
                 raise asyncio.CancelledError
         except BaseException:
@@ -489,7 +571,7 @@ class AsenaServer:
         self._listen(http)
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
-        """On a loop that runs this very code: what has to be awaited goes on in a task."""
+        """On the loop that runs this code: what has to be awaited goes on in a task."""
         if old is None:
             self._prepare()
         else:
@@ -551,8 +633,8 @@ class AsenaServer:
             self._thread.submit(_nothing, timeout=STOP_TIMEOUT)
         except TimeoutError:
             raise ServerStateError(
-                f"the earlier server on port {self._port} does not answer within {STOP_TIMEOUT:g} s, and stays as it "
-                f"was; what holds up its loop: {held_up_at(self._thread.ident)}"
+                f"the earlier server on port {self._port} did not answer within {STOP_TIMEOUT:g} s and goes on; "
+                f"what holds up its loop: {held_up_at(self._thread.ident)}"
             ) from None
 
     def _door_is_elsewhere(self) -> bool:
@@ -562,7 +644,7 @@ class AsenaServer:
         """Take the old server's place, on its loop. Whatever fails before the switch leaves it as it was."""
         assert old._door is not None
         self._check_address()
-        own, self._desk = self._desk, old._desk  # whose views and page go on
+        own, self._desk = self._desk, old._desk  # the views and the page go on with that one
         # Duplicates, because a server closes the sockets that it stops listening on.
         listeners: list[sockets.socket] = []
         try:
@@ -574,7 +656,7 @@ class AsenaServer:
             for listener in listeners:
                 listener.close()
             raise
-        # Nor does anything wait from here on: what listens and who is asked change along with the site.
+        # Nothing waits from here on: the listeners and the endpoints change along with the site.
         self._door, self._port, self._listeners = old._door, old._port, listeners
         self._thread, old._thread = old._thread, None
         self._desk.pass_to(self._subject)
@@ -591,10 +673,12 @@ class AsenaServer:
     def _check_still_wanted(self, old: AsenaServer) -> None:
         """Right before the switch: whether both sides still want it."""
         if self._state != "starting":
-            # Whoever waited for the start has been interrupted, and has given it up meanwhile.
+            # The thread that waited for the start was interrupted, and has given it up meanwhile.
             raise asyncio.CancelledError
         if old._state != "running" or old._closing is not None:
-            raise ServerStateError("the server that this one was to replace has been stopped meanwhile: start it again")
+            raise ServerStateError(
+                "the server that this one was to replace has been stopped meanwhile: start this one again"
+            )
 
     async def _bury(self, old: AsenaServer, http: FrontServer | None, leftovers: Leftovers) -> None:
         """End what is left of the old server."""
@@ -607,7 +691,7 @@ class AsenaServer:
         old._door = None
 
     def _check_address(self) -> None:
-        """Raise `ConfigurationError` for a ``public_url`` that is none: while there is still nothing to undo."""
+        """Raise `ConfigurationError` for an invalid ``public_url``, while there is still nothing to undo."""
         reach(self._wanted_port, "", template=self._public_url)
 
     def _make_http(self) -> FrontServer:
@@ -628,7 +712,7 @@ class AsenaServer:
         )
 
     def _listen(self, http: FrontServer | None) -> None:
-        """From here on clients are let in. Nothing of this fails."""
+        """From here on clients are accepted. Nothing here fails."""
         if beside():
             switching.request(self, self._switch_interval)
             for listener in self._listeners:
@@ -649,12 +733,16 @@ class AsenaServer:
     # -- stopping
 
     def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
-        """Stop accepting, close every socket with 1001, run every ``on_close``, stop components, free the port.
+        """Stop, and return when that is done: the opposite of `start`, from any thread.
 
-        Handlers that run may finish, for ``handler_grace`` seconds; clients that do not go are cut off, and what
-        still runs after ``timeout`` seconds is cancelled. Where the loop itself is held up, by a handler that blocks
-        it, this returns soon after all the same, and logs what holds it up. Stopping a stopped server changes
-        nothing. From a handler it returns at once and the server stops as soon as it can.
+        It stops accepting, closes every socket with 1001, runs every ``on_close``, stops the components and frees the
+        port. Handlers that run may finish, for ``handler_grace`` seconds; clients that do not answer the close are cut
+        off. Where the loop itself is held up, by a handler that blocks it, this returns soon after ``timeout`` all the
+        same, and logs what holds it up. Stopping a stopped server changes nothing. From a handler it returns at once,
+        and the server stops as soon as it can.
+
+        Args:
+            timeout: Seconds after which what still runs is cancelled.
         """
         if self.state in ("new", "replaced"):
             return
@@ -692,7 +780,11 @@ class AsenaServer:
         self._end_thread(max(AFTER_CANCEL, deadline - time.monotonic()))
 
     async def aclose(self, *, timeout: float = STOP_TIMEOUT) -> None:
-        """What `stop` does, awaitable from any loop. In a handler it returns at once."""
+        """Stop like `stop`, awaitable from any loop. In a handler it returns at once.
+
+        Args:
+            timeout: Seconds after which what still runs is cancelled.
+        """
         door = self._door
         if self.state in ("new", "stopped", "replaced") or door is None:
             return
@@ -721,7 +813,7 @@ class AsenaServer:
             await asyncio.shield(self._closing)
 
     def _leave_behind(self, timeout: float, door: LoopDoor) -> None:
-        """It stops when it gets to it: nothing more can be done about a thread that does not give way."""
+        """It stops when its loop is free again: nothing more can be done about a thread that is blocked."""
         if self._state == "running":
             self._state = "stopping"
         log.error(
@@ -779,7 +871,7 @@ class AsenaServer:
             switching.release(self)
             self._stopped.set()
             if self._thread is not None:
-                # Whoever waits in stop() ends the thread; after a stop from a handler nobody does.
+                # The thread that waits in stop() ends this one; after a stop from a handler, none waits.
                 self._door.loop.call_later(0.05, self._thread.stop)
 
     # -- working with it
@@ -791,9 +883,19 @@ class AsenaServer:
     @overload
     def call(self, work: Callable[[], R], *, timeout: float | None = 30.0) -> R: ...
     def call(self, work: Callable[[], Any] | Awaitable[Any], *, timeout: float | None = 30.0) -> Any:
-        """Run a function or coroutine on the server's loop and return its result, from any other thread.
+        """Run a function or coroutine on the server's loop and return its result; from any other thread.
 
-        Raises what it raises, and ``TimeoutError`` after ``timeout`` seconds; an interrupted wait cancels it.
+        Args:
+            work: A function without arguments, a coroutine function without arguments, or a coroutine.
+            timeout: Seconds to wait for the result; None waits as long as it takes.
+
+        Returns:
+            What the function or coroutine returns.
+
+        Raises:
+            TimeoutError: It took longer than ``timeout``; it is cancelled, as it is when the wait is interrupted.
+            ServerStateError: The server does not run, or this is its own loop already.
+            Exception: What ``work`` raises.
         """
         function: Callable[[], Any] = work if callable(work) else lambda: work
         try:
@@ -801,7 +903,7 @@ class AsenaServer:
             if not door.inside():
                 return door.call(function, timeout=timeout)
             if self._hosting == "thread" or self._site.handling:
-                raise ServerStateError("this is the server's own loop already: call the function, or await it")
+                raise ServerStateError("this already is the server's own loop: call the function, or await it")
             result = function()
             if isinstance(result, Awaitable):
                 return run_nested(door.loop, result, "await it instead")
@@ -819,7 +921,22 @@ class AsenaServer:
         timeout: float = 10.0,
         ssl_options: Any = None,
     ) -> Client:
-        """Connect a client to this server: ``await server.connect("/chat?username=Ann")``. See `connect`."""
+        """Connect a client to this server: ``await server.connect("/chat?username=Ann")``.
+
+        Args:
+            path: A namespace's path, with a query string if need be.
+            headers: Headers of the handshake.
+            timeout: Seconds, for the handshake and as the default of every later wait of the client.
+            ssl_options: An ``ssl.SSLContext`` of the client's side, for a server with TLS.
+
+        Returns:
+            The connected `Client`.
+
+        Raises:
+            ServerStateError: The server does not run.
+            HandshakeRefused: The server answered with plain HTTP, such as 401 or 404.
+            TimeoutError: The handshake took longer than ``timeout``.
+        """
         self._open_door()
         url = self._address_of(path, self._local_base())
         if url.startswith("http"):
@@ -827,7 +944,24 @@ class AsenaServer:
         return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
 
     def override(self, target: Any, replacement: Any) -> Self:
-        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start."""
+        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start:
+
+            server = AsenaServer(WeatherSocket, port=0).override(Weather, FakeWeather())
+
+        Args:
+            target: What `Inject` takes: a component's class, its name, or ``ulak("/path")``. What it replaces is never
+                constructed.
+            replacement: An instance of anything, or a class that is constructed without arguments. It needs no
+                decorator. Its own injected fields are filled in, and its ``on_start`` and ``on_stop`` run.
+
+        Returns:
+            The server itself.
+
+        Raises:
+            InjectionError: ``target`` cannot be injected. At the start, it is also raised if nothing asks for
+                ``target``.
+            ServerStateError: The components are built already.
+        """
         self._site.container.override(target, replacement)
         return self
 
@@ -865,7 +999,7 @@ class AsenaServer:
 
 
 async def _nothing() -> None:
-    """Done as soon as the loop gets to it."""
+    """Returns as soon as the loop runs it."""
 
 
 async def _close_http(http: FrontServer) -> None:
@@ -892,7 +1026,7 @@ _running: weakref.WeakSet[AsenaServer] = weakref.WeakSet()
 
 
 def _stop_all() -> None:
-    """At the interpreter's end: clients are told, instead of finding the connection cut."""
+    """At the interpreter's end: send close frames, instead of cutting the connections."""
     for server in list(_running):
         if server._hosting == "thread":
             with contextlib.suppress(Exception):

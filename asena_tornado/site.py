@@ -35,7 +35,7 @@ _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others ar
 
 
 class Site:
-    """The components of one server and what they answer for. Built once; opened for each start, on its loop."""
+    """The components of one server and what they serve. Built once; opened for each start, on its loop."""
 
     def __init__(
         self,
@@ -96,7 +96,9 @@ class Site:
                 controllers.add(instance, self._instances)
         for path in namespaces:
             if controllers.has(path):
-                raise ConfigurationError(f"{path!r} is a namespace and a controller's path; give one of them another")
+                raise ConfigurationError(
+                    f"{path!r} is the path of a namespace and of a controller: give one of them another path"
+                )
         self.namespaces, self.controllers = namespaces, controllers
         self.paths = tuple(namespaces)
         self.built = True
@@ -147,7 +149,7 @@ class Site:
         self.ulak.open(door, self.namespaces.values())
 
     async def start(self) -> None:
-        """Join the cluster and run every ``on_start``. What raises has left nothing started."""
+        """Join the cluster and run every ``on_start``. If one raises, nothing is left started."""
         try:
             self.cluster = await self.new_cluster(self.namespaces)
             await self.container.start()
@@ -240,7 +242,7 @@ async def close_sockets(
         raise
     except TimeoutError:
         left = [socket for namespace in namespaces for socket in namespace.leaving]
-        log.warning("%s sockets did not go in time and are cut off", len(left))
+        log.warning("%s sockets did not close in time and are cut off", len(left))
         # Once for what runs, and once more for the on_close that runs then.
         for seconds in (_LAST_CHANCE, _LAST_CHANCE / 5):
             for socket in left:

@@ -90,7 +90,7 @@ async def bury(leftovers: Leftovers, successor: Site) -> None:
     """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
     old = leftovers.site
     deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
-    await close_sockets(leftovers.gone, deadline, PATIENCE, 1012, "this namespace is gone")
+    await close_sockets(leftovers.gone, deadline, PATIENCE, 1012, "this namespace no longer exists")
     await old.controllers.drain(deadline)
     if leftovers.cluster is not None:
         await leftovers.cluster.stop()

@@ -165,7 +165,7 @@ def test_a_start_that_is_interrupted_leaves_nothing_behind(interval: float) -> N
 
 
 @pytest.mark.filterwarnings("ignore:unclosed", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_servers_that_nobody_has_any_more_count_no_more(interval: float) -> None:
+def test_servers_that_are_garbage_no_longer_shorten_the_switch_interval(interval: float) -> None:
     def lose() -> None:
         loop = asyncio.new_event_loop()
         loop.run_until_complete(AsenaServer(Echo, port=0).__aenter__())
@@ -254,7 +254,7 @@ def test_the_switch_interval_against_a_model(interval: float, seed: int) -> None
 
 @pytest.mark.parametrize("seconds", [0, -1, 1e-9, float("inf"), float("nan"), True, "0.1"])
 def test_nonsense_is_refused(seconds: Any) -> None:
-    with pytest.raises(ConfigurationError, match="switch_interval is a number of seconds, or None, not"):
+    with pytest.raises(ConfigurationError, match="switch_interval must be a number of seconds, or None, not"):
         AsenaServer(Echo, switch_interval=seconds)
 
 
@@ -305,7 +305,7 @@ def test_a_uvloop_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigurationError, match=r"asena_tornado\[speed\]"):
         server.start()
     assert server.state == "stopped"
-    with pytest.raises(ConfigurationError, match='loop is "auto", "asyncio" or "uvloop", not \'trio\''):
+    with pytest.raises(ConfigurationError, match='loop must be "auto", "asyncio" or "uvloop", not \'trio\''):
         AsenaServer(Echo, loop="trio")  # type: ignore[arg-type]
 
 
@@ -381,4 +381,5 @@ def test_descriptors_and_threads_are_given_back() -> None:
     for _ in range(5):
         with AsenaServer(Echo, port=0) as server:
             says(server, "hello")
-    assert left() == before
+    # Fewer are possible: a thread of an earlier test may have ended meanwhile.
+    assert all(now <= then for now, then in zip(left(), before, strict=True))

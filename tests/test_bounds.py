@@ -188,7 +188,7 @@ def test_what_is_valid_is_so_however_large_it_is(server, wires):
         assert wire.read() == kind
 
 
-def test_keys_that_nobody_asked_for_are_counted_but_not_told(server, wires):
+def test_unknown_keys_are_counted_but_not_listed(server, wires):
     wire = wires.connect(server, "/batch?ids=1")
     wire.send("{" + ",".join(f'"k{i}":1' for i in range(20_000)) + "}")
     (only,) = json.loads(wire.read())["errors"]
@@ -366,7 +366,7 @@ class ManyRooms(AsenaWebSocketService):
             ws.publish(room, f"{room} misses somebody")
 
 
-def test_who_leaves_a_hundred_thousand_rooms_stalls_nobody_is_sent_nothing_and_has_left_before_on_close(wires):
+def test_leaving_a_hundred_thousand_rooms_stalls_no_other_client_and_is_done_before_on_close(wires):
     ManyRooms.seen.clear()
     with AsenaServer(ManyRooms, port=0) as server:
         other, wire = wires.connect(server, "/many"), wires.connect(server, "/many")

@@ -436,7 +436,7 @@ async def test_what_cannot_be_a_room_is_an_invalid_message(room):
 async def test_no_rooms_at_all_is_an_invalid_message():
     async with running(Chat) as (server, _):
         error = await refused(Code.INVALID_MESSAGE, server.ulak.to_many("/chat", [], "hi"))
-    assert "the list of rooms is empty; broadcast() reaches everybody" in str(error)
+    assert "the list of rooms is empty: name a room, or use broadcast() to reach everybody" in str(error)
     assert error.namespace == "/chat"
 
 
@@ -528,7 +528,7 @@ async def test_bulk_send_does_the_operations_in_order_and_counts_them():
 @pytest.mark.parametrize(
     ("operation", "code", "says"),
     [
-        ({"type": "shout", "namespace": "/chat"}, Code.INVALID_MESSAGE, "'shout' is no type of operation; there are"),
+        ({"type": "shout", "namespace": "/chat"}, Code.INVALID_MESSAGE, "'shout' is not a type of operation: use"),
         ({"type": "room", "namespace": "/chat"}, Code.INVALID_MESSAGE, "of type 'room' needs a room"),
         ({"type": "room", "namespace": "/chat", "room": ""}, Code.INVALID_MESSAGE, "non-empty string"),
         ({"type": "room", "namespace": "/chat", "room": []}, Code.INVALID_MESSAGE, "the list of rooms is empty"),
@@ -723,7 +723,7 @@ async def test_a_second_namespace_on_a_path_is_refused_and_the_first_stays():
         ann, _ = await join("/chat")
         server.ulak.register_namespace(server.namespaces["/chat"])  # the same one: nothing happens
         other = Namespace("/chat", hooks_of(Chat()), options=WebSocketOptions())
-        with pytest.raises(UlakError, match="another namespace '/chat' already") as caught:
+        with pytest.raises(UlakError, match="another namespace is registered as '/chat'") as caught:
             server.ulak.register_namespace(other)
         assert (caught.value.code, caught.value.namespace) == (Code.NAMESPACE_ALREADY_EXISTS, "/chat")
         await server.ulak.broadcast("/chat", "hello")
@@ -913,7 +913,7 @@ async def test_a_fake_that_derives_from_a_websocket_service_is_mounted_where_tha
         assert server.namespaces["/orders"].options.max_sockets == 1
 
 
-async def test_a_subclass_without_a_decorator_is_no_service_of_its_own():
+async def test_a_subclass_without_a_decorator_is_not_a_service_of_its_own():
     class Derived(Chat): ...
 
     with pytest.raises(InjectionError, match="a subclass needs a decorator of its own"):

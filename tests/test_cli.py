@@ -120,15 +120,15 @@ def test_serve_runs_the_server_of_a_module_in_the_working_directory(tmp_path: Pa
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("app", "'app' names no server; write module:server"),
+        ("app", "'app' does not name a server: write module:server"),
         ("app:", "write module:server"),
         ("nowhere:server", "there is no module 'nowhere'"),
         ("app.py:server", "without .py"),
         ("app.inner:server", "there is no module 'app.inner'"),
-        ("..app:server", "is no module"),
-        ("app:servr", "app has no 'servr'; there is server"),
-        ("app:Echo", "app:Echo is no AsenaServer but 'type'; there is server"),
-        ("json:server", "json has no 'server'; it makes no AsenaServer"),
+        ("..app:server", "is not the name of a module"),
+        ("app:servr", "app has no 'servr'; its servers: server"),
+        ("app:Echo", "app:Echo is not an AsenaServer, but of type 'type'; the servers there: server"),
+        ("json:server", "json has no 'server'; it has no AsenaServer"),
     ],
 )
 def test_serve_says_what_is_wrong_with_its_target(
@@ -153,7 +153,7 @@ def test_serve_leaves_starting_to_itself(folder: Path, capsys: pytest.CaptureFix
         main(["serve", "eager:server"])
     sys.modules["eager"].server.stop()
     assert exit.value.code == 2
-    assert "eager:server is started by its module" in capsys.readouterr().err
+    assert "eager:server is already started by its module" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_said_in_one_line(tmp_path: Path):
@@ -170,4 +170,4 @@ def test_a_busy_port_is_said_in_one_line(tmp_path: Path):
     with command("serve", "app:server", cwd=tmp_path) as process:
         _, error = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert re.fullmatch(r"error: port \d+ on localhost is in use by somebody else; .*\n", error)
+    assert re.fullmatch(r"error: port \d+ on localhost is already in use: .*\n", error)

@@ -145,7 +145,7 @@ async def test_what_cannot_be_sent_is_an_error_on_the_spot() -> None:
         assert await client.recv() == "still fine"
 
 
-async def test_closing_ends_whoever_waits_for_a_message() -> None:
+async def test_closing_ends_the_wait_for_a_message() -> None:
     async def listen(messages: AsyncIterator[str | bytes]) -> list[str | bytes]:
         return [message async for message in messages]
 

@@ -138,7 +138,7 @@ def flood(wire) -> int:
 
 
 @pytest.mark.parametrize("options", [{"max_queued_messages": 4}, {"max_queued_bytes": 40_000}])
-def test_who_is_ahead_of_its_handler_is_not_read_until_it_catches_up(serve, wires, options):
+def test_a_client_ahead_of_its_handler_is_not_read_until_that_catches_up(serve, wires, options):
     server, service = serve(**options)
     wire, socket = enter(wires, server, service)
     wire.send("wait")
@@ -223,7 +223,7 @@ OFFERS = {
 
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
 @pytest.mark.parametrize("how", ["send", "publish", "both"])
-def test_who_misses_messages_still_understands_the_others(serve, wires, offer, how):
+def test_a_client_that_misses_messages_still_understands_the_others(serve, wires, offer, how):
     server, service = serve(
         compression=True,
         compression_context_takeover=True,
@@ -324,7 +324,7 @@ def test_pings_reach_a_client_to_which_no_message_gets_through(serve, wires):
     assert frames == [(0x82, b"x" * 1000)] * taken + [(0x89, str(i).encode()) for i in range(20)]
 
 
-def test_who_reads_slowly_but_reads_is_not_held_to_be_dead(serve, wires):
+def test_a_slow_reader_does_not_count_as_dead(serve, wires):
     server, service = serve(ping_interval=0.05, ping_timeout=0.5)
     wire, socket = enter(wires, server, service, receive_buffer=100_000)
     socket.send(bytes(50_000_000))
@@ -520,7 +520,7 @@ def test_idle_means_no_messages_and_pongs_are_none(watched):
     assert 160 <= connection.closed[0] <= 162
 
 
-def test_who_is_not_read_is_neither_silent_nor_idle(watched):
+def test_a_client_that_is_not_read_counts_as_neither_silent_nor_idle(watched):
     loop, connection = watched(ping_interval=20, ping_timeout=10, idle_timeout=60)
     connection.paused = True
     loop.advance(1000)
@@ -563,7 +563,7 @@ def test_pings_by_the_service_give_a_dead_client_no_more_time(serve, wires):
     assert service.next() == ("close", 1011, "ping timeout")
 
 
-def test_a_pong_that_nobody_asked_for_is_told_and_measures_nothing(serve, wires):
+def test_an_unsolicited_pong_runs_the_hook_and_measures_nothing(serve, wires):
     server, service = serve(hooks={"on_pong": lambda self, ws, data: self.log.put(("pong", data))})
     wire, socket = enter(wires, server, service)
     wire.write(wire.frame(10, b"12345678"))

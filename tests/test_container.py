@@ -89,18 +89,18 @@ def test_a_service_is_named_after_its_class_unless_told_otherwise():
     assert component_of(Keyword) == Component("Service", "Mail", Keyword)
 
 
-def test_a_subclass_of_a_component_is_none_until_it_is_decorated_and_the_error_says_so():
+def test_a_subclass_of_a_component_needs_a_decorator_of_its_own_and_the_error_says_so():
     @Service
     class Email: ...
 
     class FastEmail(Email): ...
 
     assert component_of(FastEmail) is None
-    with pytest.raises(InjectionError, match=r"FastEmail is no component: its base Email is a @Service.*above Fast"):
+    with pytest.raises(InjectionError, match=r"FastEmail is not a component: its base Email is a @Service.*above Fast"):
         Container(FastEmail)
 
 
-def test_a_class_that_is_no_component_is_told_which_decorator_to_add():
+def test_an_undecorated_class_is_an_error_that_names_the_decorator_to_add():
     class Email: ...
 
     class ChatSocket:
@@ -110,24 +110,24 @@ def test_a_class_that_is_no_component_is_told_which_decorator_to_add():
     class UserService:
         email = Inject(Email)
 
-    with pytest.raises(InjectionError, match=r"Email is no component; put @Service above the class"):
+    with pytest.raises(InjectionError, match=r"Email is not a component: put @Service above the class"):
         Container(Email())
-    with pytest.raises(InjectionError, match=r'no component; put @WebSocket\("/path"\) above the class$'):
+    with pytest.raises(InjectionError, match=r'not a component: put @WebSocket\("/path"\) above the class$'):
         Container(ChatSocket)
     error = refusal(UserService)
-    assert str(error).startswith("UserService.email: Email is no component; put @Service above the class")
+    assert str(error).startswith("UserService.email: Email is not a component: put @Service above the class")
     assert (error.component, error.field) == ("UserService", "email")
 
 
 @pytest.mark.parametrize("thing", ["ChatSocket", lambda: None, logging])
 def test_what_is_neither_class_nor_instance_is_refused(thing):
-    with pytest.raises(InjectionError, match="a component is a class or an instance of it, not"):
+    with pytest.raises(InjectionError, match="a component must be a class or an instance of one, not"):
         Container(thing)
 
 
 @pytest.mark.parametrize("name", ["", "  ", 7])
 def test_a_component_needs_a_proper_name(name):
-    with pytest.raises(ConfigurationError, match=r"@Service on Nameless: a name is a non-empty string"):
+    with pytest.raises(ConfigurationError, match=r"@Service on Nameless: a name must be a non-empty string"):
 
         @Service(name)
         class Nameless: ...
@@ -375,7 +375,7 @@ def test_a_class_without_room_for_its_fields_is_told_so():
         email = Inject(Email)
 
     error = refusal(Users)
-    assert "Users has no room for email: leave out its __slots__" in str(error)
+    assert "Users cannot hold email: leave out its __slots__" in str(error)
 
 
 def test_listing_the_same_thing_twice_changes_nothing():
@@ -450,7 +450,7 @@ def test_several_that_derive_from_the_class_are_an_error_that_names_them():
 
     error = refusal(Users, FastEmail, SafeEmail)
     assert str(error) == (
-        "Users.email: several listed components are a Email: FastEmail, SafeEmail; "
+        "Users.email: several listed components are of the class Email: FastEmail, SafeEmail; "
         "inject one of these instead, or list Email too"
     )
 
@@ -498,14 +498,14 @@ def test_inject_refuses_an_instance_and_a_select_that_cannot_be_called():
 
     with pytest.raises(InjectionError, match=r"takes the class, Inject\(Email\), not an instance of Email"):
         Inject(Email())  # type: ignore[call-overload]  # the mistake under test
-    with pytest.raises(InjectionError, match=r"Inject\(Email, …\) selects with a function, not 'name'"):
+    with pytest.raises(InjectionError, match=r"Inject\(Email, …\) takes a function as its second argument, not 'name'"):
         Inject(Email, "name")  # type: ignore[call-overload]  # the mistake under test
 
 
 # Provided objects, references, expressions
 
 
-def test_a_provided_object_is_injected_by_class_and_name_and_is_no_component():
+def test_a_provided_object_is_injected_by_class_and_name_and_is_not_a_component():
     class Started(Courier):
         def on_start(self):
             raise AssertionError("the container does not own it")
@@ -746,7 +746,7 @@ def test_inject_as_the_default_of_an_argument_is_an_error():
     class Users:
         def __init__(self, email: Email = Inject(Email)) -> None: ...  # noqa: B008 - the mistake under test
 
-    assert "write it in the class body: email = Inject(Email)" in str(refusal(Users))
+    assert "write it in the class body, email = Inject(Email)" in str(refusal(Users))
 
 
 def test_an_abstract_component_is_not_constructed():
@@ -806,7 +806,7 @@ def test_a_cycle_is_printed_and_ulak_suggested_with_the_path_at_hand():
         "these components need each other to be built first: "
         "NotificationSocket.users -> UserService.socket -> NotificationSocket. To break the circle, "
         'in UserService, write socket: UlakNamespace = Inject(ulak("/notifications")) instead of '
-        "Inject('NotificationSocket'): it reaches the sockets by their path, and is no dependency"
+        "Inject('NotificationSocket'): it reaches the sockets by their path, and is not a dependency"
     )
     assert error.cycle == ("NotificationSocket", "UserService", "NotificationSocket")
     assert (error.component, error.field) == ("NotificationSocket", "users")
@@ -896,7 +896,7 @@ def test_what_a_component_requires_has_to_be_a_component_too():
         @websocket("/chat", requires=[required])
         class ChatSocket: ...
 
-        assert str(refusal(ChatSocket)).startswith("ChatSocket: Plain is no component")
+        assert str(refusal(ChatSocket)).startswith("ChatSocket: Plain is not a component")
 
 
 # Overrides
@@ -1147,7 +1147,7 @@ async def test_a_failing_on_start_stops_what_had_started_and_names_the_component
     container = Container(Failing)
     with pytest.raises(OSError, match="no database") as caught:
         await container.start()
-    assert caught.value.__notes__ == ["raised by Failing.on_start(); nothing was left started"]
+    assert caught.value.__notes__ == ["raised by Failing.on_start(); what had started has been stopped"]
     assert log == ["start C", "start B", "stop B", "stop C"]
     assert container.get(b) is container.get(Failing).before
 
@@ -1272,7 +1272,7 @@ def test_before_the_build_there_is_nothing_and_after_it_nothing_is_added():
         lambda: container.provide("size", 3),
         lambda: container.override(Email, Mock()),
     ):
-        with pytest.raises(ServerStateError, match="comes before the start"):
+        with pytest.raises(ServerStateError, match="before the start"):
             late()
 
 
@@ -1297,7 +1297,7 @@ def test_get_of_what_is_not_there_names_what_there_is():
     class Email: ...
 
     container = built(Email)
-    with pytest.raises(InjectionError, match=r"no component is a Courier. There is 'Email'."):
+    with pytest.raises(InjectionError, match=r"no component is of the class Courier. There is 'Email'."):
         container.get(Courier)
     with pytest.raises(InjectionError, match=r"no component is named 'Emial'. Did you mean 'Email'"):
         container.get("Emial")

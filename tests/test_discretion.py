@@ -174,13 +174,13 @@ async def test_an_error_in_the_inspectors_page_is_logged_without_its_token(logge
 
 
 @pytest.mark.parametrize("url", [f"redis://:{SECRET}@localhost/0", f"redis://ann:{SECRET}@localhost"])
-def test_the_password_of_redis_is_in_no_repr(url):
+def test_no_repr_shows_the_password_of_redis(url):
     pytest.importorskip("redis")
     assert SECRET not in repr(RedisTransport(url))
 
 
 @pytest.mark.parametrize("url", [f"redis://:{SECRET}/x@localhost", f"nothing://:{SECRET}@localhost?x={SECRET}"])
-def test_the_password_of_redis_is_in_no_error(url):
+def test_no_error_shows_the_password_of_redis(url):
     pytest.importorskip("redis")
     with pytest.raises(ConfigurationError) as error:
         RedisTransport(url)

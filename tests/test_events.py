@@ -195,7 +195,7 @@ async def test_a_reader_that_is_behind_loses_the_oldest_and_is_told_how_many() -
         await ann.close()
 
 
-async def test_a_tap_that_is_forgotten_is_fed_no_more_and_messages_are_recorded_no_more() -> None:
+async def test_a_forgotten_tap_gets_no_more_events_and_recording_of_messages_ends() -> None:
     log = EventLog("/chat")
     tap = Tap(lambda event: True)
     tap.follow([log])

@@ -206,16 +206,16 @@ BODIES = ("Content-Length: 3\r\n", "Transfer-Encoding: chunked\r\n")
 
 
 @pytest.mark.parametrize("header", BODIES)
-def test_a_handshake_has_no_body(server, wires, header):
+def test_a_handshake_must_not_have_a_body(server, wires, header):
     body = "abc" if "Length" in header else "3\r\nabc\r\n0\r\n\r\n"
     assert status(ask(wires.dial(server), "/echo", header, body)) == 400
 
 
-def test_a_body_of_no_bytes_is_none(server, wires):
+def test_a_handshake_with_an_empty_body_is_accepted(server, wires):
     wires.connect(server, "/echo", {"Content-Length": "0"}).echo()
 
 
-def test_what_version_is_spoken_is_told(server, wires):
+def test_a_refused_version_is_answered_with_the_supported_one(server, wires):
     head = wires.dial(server).request("/echo", {"Sec-WebSocket-Version": "7"})
     assert b"\r\nsec-websocket-version: 13\r\n" in head.lower()
 
@@ -386,7 +386,7 @@ def test_a_handshake_that_middleware_thinks_about_when_the_server_stops_is_503(w
     head = wire.read_head()
     assert status(head) == 503
     assert b"\r\nretry-after: 1\r\n" in head.lower()
-    assert b"the server stops" in wire.rest()
+    assert b"the server is stopping" in wire.rest()
 
 
 def test_one_that_it_thinks_about_during_a_re_run_is_answered(wires):

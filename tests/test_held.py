@@ -121,7 +121,7 @@ def test_held_sockets_do_what_pythons_own_do(seed: int) -> None:
 
 
 @needs_posix
-def test_who_does_not_read_gets_the_rest_later() -> None:
+def test_a_client_that_does_not_read_gets_the_rest_later() -> None:
     data = random.Random(1).randbytes(3_000_000)
     with contextlib.closing(Pair(held=True)) as pair:
         sent, received = 0, b""
@@ -263,7 +263,7 @@ def test_an_error_keeps_neither_what_was_sent_nor_the_buffer() -> None:
 
 
 @needs_posix
-def test_closing_after_a_reset_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_after_a_reset_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(held=True)
     real = held.libc
 
@@ -586,7 +586,7 @@ needs_clock = pytest.mark.skipif(
         (1.0, 0.1, 0.1, 0),  # it waited itself
     ],
 )
-def test_who_had_more_than_half_pauses(
+def test_a_server_that_had_more_than_half_of_the_time_pauses(
     monkeypatch: pytest.MonkeyPatch, seconds: float, own: float, main: float, paused: float
 ) -> None:
     clocks = Clocks(monkeypatch, wants=0.9)
@@ -598,7 +598,7 @@ def test_who_had_more_than_half_pauses(
 
 
 @needs_clock
-def test_who_merely_sleeps_much_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_mostly_sleeps_gets_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """It uses little time because it wants little: it is offered a pause ever more rarely."""
     clocks = Clocks(monkeypatch, wants=0.05)
     share = fairness.FairShare()

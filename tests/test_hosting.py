@@ -183,7 +183,7 @@ async def test_in_a_kernel_a_start_that_fails_is_told_by_the_next_use(caplog: py
 
 def test_a_kernel_needs_a_running_loop() -> None:
     server = AsenaServer(Tell, port=0)
-    with pytest.raises(ServerStateError, match='hosting="kernel" needs a loop that runs already'):
+    with pytest.raises(ServerStateError, match='hosting="kernel" needs a loop that is already running'):
         server.start(hosting="kernel")
     with server:
         assert server.state == "running"
@@ -193,7 +193,7 @@ async def test_async_with_serves_on_the_caller_s_loop() -> None:
     async with AsenaServer(Tell, port=0) as server:
         client = await server.connect("/x")
         assert await client.recv() == str(threading.get_ident())
-        with pytest.raises(ServerStateError, match=r"already runs \(hosting='caller'\)"):
+        with pytest.raises(ServerStateError, match=r"is already running \(hosting='caller'\)"):
             await server.__aenter__()
         with pytest.raises(ServerStateError, match=r"await server\.aclose\(\)"):
             server.stop()

@@ -127,7 +127,7 @@ def test_and_nothing_that_only_looks_like_one(server, wires, host):
 
 
 @pytest.mark.parametrize("host", [None, "a b", "@", "localhost, localhost", f"{EVIL}, localhost"])
-def test_what_is_no_host_is_a_bad_request_as_ever(server, wires, host):
+def test_an_invalid_host_is_a_bad_request(server, wires, host):
     assert status(wires, server, host) == 400
 
 
@@ -223,8 +223,8 @@ async def test_mounted_only_a_given_list_counts_and_for_our_routes(wires, allowe
 
 
 @pytest.mark.parametrize("wrong", ["example.com", [""], ["http://example.com"], [1]])
-def test_what_is_no_list_of_hosts_is_an_error(wrong: Any):
-    with pytest.raises(ConfigurationError, match=r"allowed_hosts is a list|a host is written like"):
+def test_allowed_hosts_that_are_not_a_list_of_names_are_an_error(wrong: Any):
+    with pytest.raises(ConfigurationError, match=r"allowed_hosts must be a list|a host is written like"):
         AsenaServer(Echo, allowed_hosts=wrong)
 
 

@@ -468,7 +468,7 @@ async def test_a_query_does_not_fill_in_what_middleware_left_out(caplog: pytest.
         # It is the middleware's mistake, so the client is told nothing of it.
         assert (await refusal(server, "?as=nobody&user_id=7"))[:2] == (500, {"error": "internal error"})
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "/chat: set_websocket_value(…)" in record.getMessage()
+    assert "/chat: what set_websocket_value(…)" in record.getMessage()
     assert "does not fit User" in record.getMessage()
     assert "valid dictionary" in record.getMessage()
 
@@ -561,7 +561,7 @@ def test_middleware_needs_a_handle() -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"handle": lambda self, context: None}, {"handle": 3}])
-def test_a_component_that_cannot_handle_is_no_middleware(body: dict[str, Any]) -> None:
+def test_a_component_without_handle_is_not_middleware(body: dict[str, Any]) -> None:
     wrong = Service()(type("Wrong", (), body))
     with pytest.raises(ConfigurationError, match=r"Wrong cannot be middleware of the handshake of /chat.*handle"):
         _ = AsenaServer(guarded(wrong), port=0).namespaces
@@ -588,7 +588,7 @@ async def test_a_rate_limit_refuses_more_handshakes_than_it_allows_and_says_when
         assert (await refusal(server))[0] == 429
 
 
-async def test_a_rate_limit_counts_clients_apart_and_forgets_who_came_longest_ago() -> None:
+async def test_a_rate_limit_counts_clients_apart_and_forgets_the_oldest() -> None:
     limit = RateLimit(1, per=3600, key=lambda context: context.headers["X-User"], max_clients=2)
     async with AsenaServer(guarded(limit), port=0) as server:
         for user in ("ann", "bob"):
@@ -662,7 +662,7 @@ async def test_a_token_may_be_verified_asynchronously_and_by_header_only() -> No
         assert (await refusal(server, Authorization="Bearer x"))[0] == 401
 
 
-async def test_a_verification_that_fails_or_says_false_lets_nobody_in(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_verification_that_fails_or_returns_false_refuses(caplog: pytest.LogCaptureFixture) -> None:
     async with AsenaServer(guarded(TokenAuth(lambda token: token == "abc")), port=0) as server:
         assert (await refusal(server, "?token=x"))[0] == 401
     async with AsenaServer(guarded(TokenAuth(lambda token: 1 / 0)), port=0) as server:
@@ -893,7 +893,7 @@ async def test_a_body_that_the_model_does_not_accept_is_422_with_pydantics_error
         ("[" * 5000, "the body is not JSON: "),
     ],
 )
-async def test_a_body_that_is_no_json_is_400(body: str | bytes, message: str) -> None:
+async def test_a_body_that_is_not_json_is_400(body: str | bytes, message: str) -> None:
     async with AsenaServer(Items, port=0) as server:
         for path, method in (("/items", "POST"), ("/items/raw", "PUT")):
             response = await fetch(server, path, method, body=body)
@@ -1182,12 +1182,12 @@ async def test_a_fake_that_derives_from_a_controller_serves_its_routes() -> None
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/users/:id", r"spelled \{id\}"),
-        ("/users/{}", "no name"),
-        ("/users/{user-id}", "no name"),
+        ("/users/:id", r"as \{id\}"),
+        ("/users/{}", "not a valid name"),
+        ("/users/{user-id}", "not a valid name"),
         ("/users/x{id}", "one whole part"),
         ("/users?x", "one whole part"),
-        ("/users//x", "nothing between"),
+        ("/users//x", "two slashes in a row"),
         (7, "takes a path"),
     ],
 )
@@ -1230,7 +1230,7 @@ def test_two_methods_for_the_same_requests_are_an_error() -> None:
 
 
 def test_two_parameters_with_one_name_are_an_error() -> None:
-    with pytest.raises(ConfigurationError, match="one name"):
+    with pytest.raises(ConfigurationError, match="the same name"):
         _ = AsenaServer(controller("/{id}", "/{id}"), port=0).namespaces
 
 
@@ -1240,7 +1240,7 @@ def test_a_handler_that_wants_more_than_the_context_is_an_error() -> None:
 
 
 def test_a_path_is_a_namespace_or_a_controllers() -> None:
-    with pytest.raises(ConfigurationError, match="'/chat' is a namespace and a controller's path"):
+    with pytest.raises(ConfigurationError, match="'/chat' is the path of a namespace and of a controller"):
         _ = AsenaServer(guarded(), controller("/", "/chat"), port=0).namespaces
 
 

@@ -262,7 +262,7 @@ async def test_with_several_namespaces_the_one_meant_has_to_be_named() -> None:
         with pytest.raises(NamespaceNotFoundError, match="'/chat', '/news'"):
             inspector.in_("x")
         assert inspector.to("general", "x", namespace="chat").sockets == 1
-        with pytest.raises(NamespaceNotFoundError, match="no namespace '/chatt'; there are: '/chat', '/news'"):
+        with pytest.raises(NamespaceNotFoundError, match="no namespace '/chatt'; the namespaces are: '/chat', '/news'"):
             inspector["chatt"]
         with pytest.raises(NamespaceNotFoundError, match="'/chat', '/news'"):
             inspector.rooms["general"]

@@ -108,7 +108,7 @@ async def test_the_page_runs_nothing_inline_and_names_only_relative_addresses() 
         assert (await fetch(server.url("/deep/inspector/page.py"))).code == 404
 
 
-async def test_what_is_no_request_is_refused_and_the_view_goes_on() -> None:
+async def test_an_invalid_request_is_refused_and_the_view_goes_on() -> None:
     async with AsenaServer(Chat, port=0, inspector_path="/inspector", max_body_size=4 * 1024 * 1024) as server:
         assert (await ask(server, "no json")).code == 400
         assert (await ask(server, json.dumps({"data": "x" * 2_000_000}))).code == 413

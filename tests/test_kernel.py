@@ -387,7 +387,7 @@ def test_what_goes_wrong_is_shown_in_one_line_each(kernel: Kernel, hosting: str)
     assert 'raise ValueError("a handler\'s error")' in traceback
 
 
-def test_a_flood_of_errors_is_no_flood_of_lines(kernel: Kernel):
+def test_a_flood_of_errors_prints_few_lines(kernel: Kernel):
     url = kernel.start()
     for _ in range(30):
         with connect(url) as client:
@@ -401,7 +401,7 @@ def test_a_flood_of_errors_is_no_flood_of_lines(kernel: Kernel):
     assert kernel.run("print(len(server.inspector.errors))") == "30\n"
 
 
-def test_who_shows_logs_already_is_not_shown_them_twice(fresh_kernel: Kernel):
+def test_logs_that_are_already_shown_are_not_shown_twice(fresh_kernel: Kernel):
     fresh_kernel.run("import logging; logging.basicConfig(level=logging.INFO, format='LOG %(message)s')")
     url = fresh_kernel.start()
     with connect(url) as client:

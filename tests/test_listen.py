@@ -103,7 +103,7 @@ def test_there_is_room_again_when_a_client_has_gone(wires, full):
         waiting.echo()
 
 
-def test_who_waits_is_accepted_by_the_server_that_takes_over(wires, full):
+def test_a_waiting_connection_is_accepted_by_the_server_that_takes_over(wires, full):
     with serve() as old:
         wires.connect(old, "/echo").echo()
         (waiting,), held = full(old, 1)
@@ -150,7 +150,7 @@ def test_other_errors_of_accepting_pass(wires, caplog, monkeypatch, number, line
         assert len(warnings(caplog)) == lines
 
 
-def test_over_tls_a_connection_that_is_gone_at_once_is_no_error(wires, caplog):
+def test_over_tls_a_connection_that_ends_at_once_is_not_an_error(wires, caplog):
     authority = trustme.CA()
     server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(server_side)

@@ -148,15 +148,18 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (parameter_of_a_query, r"context\.query\['search'\]"),
     (body_as_parameter, r"await context\.get_body\(Model\)"),
     (inherited, r"context\.params\['id'\]"),
-    (no_self_in_a_controller, r"Users\.get is a method: its first parameter is self"),
-    (no_self_in_on_message, r"X\.on_message is a method: its first parameter is self"),
-    (no_self_in_on_open, r"X\.on_open is a method: its first parameter is self"),
-    (no_self_in_on_start, r"X\.on_start is a method: its first parameter is self"),
-    (no_self_in_handle, r"X\.handle is a method: its first parameter is self"),
-    (function_as_middleware, r"@WebSocket\('/x'\): check is a function, and middleware is a class: @Middleware\(\)"),
+    (no_self_in_a_controller, r"Users\.get is a method: its first parameter must be self"),
+    (no_self_in_on_message, r"X\.on_message is a method: its first parameter must be self"),
+    (no_self_in_on_open, r"X\.on_open is a method: its first parameter must be self"),
+    (no_self_in_on_start, r"X\.on_start is a method: its first parameter must be self"),
+    (no_self_in_handle, r"X\.handle is a method: its first parameter must be self"),
+    (
+        function_as_middleware,
+        r"@WebSocket\('/x'\): check is a function, but middleware must be a class: @Middleware\(\)",
+    ),
     (function_as_middleware_of_a_controller, r"@Controller\('/x'\): check is a function"),
-    (function_as_middleware_of_a_method, r"@Get\('/x'\): .* is a function, and middleware is a class"),
-    (middleware_that_is_no_list, r"middlewares is a list, middlewares=\[…\]"),
+    (function_as_middleware_of_a_method, r"@Get\('/x'\): .* is a function, but middleware must be a class"),
+    (middleware_that_is_no_list, r"middlewares must be a list, middlewares=\[…\]"),
     (function_with_the_decorator, r"@Middleware goes above a class with handle\(self, context, next\)"),
     (function_as_service, r"@Service goes above a class, not the function check"),
     (type_in_parentheses, r"AsenaWebSocketService\[Item\]"),
@@ -214,7 +217,7 @@ class Hello(AsenaWebSocketService):
 def test_mounting_twice_is_an_error() -> None:
     app = Application()
     server = AsenaServer(Hello).mount(app)
-    with pytest.raises(ConfigurationError, match="mounted on this application already"):
+    with pytest.raises(ConfigurationError, match="already mounted on this application"):
         server.mount(app)
     server.mount(Application())  # another one may have it, too
 
@@ -222,7 +225,7 @@ def test_mounting_twice_is_an_error() -> None:
 async def test_mounting_twice_is_an_error_while_it_runs() -> None:
     app = Application()
     server = AsenaServer(Hello).mount(app)
-    with pytest.raises(ConfigurationError, match="mounted on this application already"):
+    with pytest.raises(ConfigurationError, match="already mounted on this application"):
         server.mount(app)
     await server.aclose()
     rules = len(app.default_router.rules)

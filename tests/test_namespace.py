@@ -249,7 +249,7 @@ async def test_the_clients_may_go_while_others_publish_to_them() -> None:
         assert len(service.rooms["r"]) == len(service.sockets) == 10
 
 
-async def test_each_client_receives_in_the_order_of_the_calls_whoever_makes_them() -> None:
+async def test_each_client_receives_in_the_order_of_the_calls_whichever_code_makes_them() -> None:
     """Random calls within one turn of the loop, compared with the simplest thing that could be right."""
     async with AsenaServer(Rooms, port=0) as server:
         service = service_of(server)

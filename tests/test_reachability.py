@@ -30,7 +30,7 @@ def test_a_template_wins_and_names_the_port() -> None:
 
 
 @pytest.mark.parametrize("template", ["example.com/{port}", "https://", "https://example.com/{host}", "ws://x/{port}"])
-def test_a_template_that_is_no_address_says_how_to_write_it(template: str) -> None:
+def test_an_invalid_template_is_an_error_that_says_how_to_write_it(template: str) -> None:
     with pytest.raises(ConfigurationError, match=r"https://example\.com/proxy"):
         reach(3000, "http://localhost:3000", template=template, environ={})
 
@@ -49,7 +49,7 @@ def test_on_a_jupyterhub_it_is_below_the_users_prefix() -> None:
 def test_where_nothing_can_be_known_it_says_so() -> None:
     unknown = reach(3000, "http://localhost:3000", template=None, environ={"JPY_PARENT_PID": "1"})
     assert unknown.base == "http://localhost:3000"
-    assert "from elsewhere" in unknown.note
+    assert "otherwise set public_url=" in unknown.note
 
 
 def test_a_jupyter_server_on_another_machine_is_the_way_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

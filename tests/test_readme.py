@@ -1,22 +1,23 @@
 """The README's programs run, and show what it says they show.
 
 A Python block is a program of its own, or after the line ``<!-- continues -->`` goes on with the one before. Top-level
-``await`` works, as in a notebook. ``code  # → text`` says what the code's value looks like.
+``await`` works, as in a notebook. ``code  # → text`` says what the code's value looks like; a text block after the line
+``<!-- shows: code -->`` does so for a value of several lines, whatever the ids of its sockets are.
 """
 
 import ast
 import asyncio
 import inspect
 import re
+import shutil
 import socket
 import sys
 import types
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
-from tornado.ioloop import IOLoop
 
 from asena_tornado import AsenaServer, Client
 
@@ -27,42 +28,45 @@ BLOCK = re.compile(
     r"(?:<!-- (?P<comment>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<source>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 SHOWN = re.compile(r"^(?P<code>\S.*?)  # → (?P<text>.*)$", re.MULTILINE)
+SOCKET_ID = re.compile(r"(?<=<socket )[0-9a-f]{8}\b")
 
 
-def programs() -> list[Any]:
+def sources() -> list[tuple[int, str]]:
+    """Each program with the line where it begins."""
     found: list[tuple[int, str]] = []
     for block in BLOCK.finditer(README):
-        if block["language"] == "python":
-            # Line numbers in a traceback are those of the README.
-            line = README.count("\n", 0, block.start("source"))
-            if block["comment"] == "continues":
-                first, before = found.pop()
-                found.append((first, before + "\n" * (line - before.count("\n")) + block["source"]))
-            else:
-                found.append((line, "\n" * line + block["source"]))
-    return [pytest.param(source, id=f"line {line + 1}") for line, source in found]
+        kind, _, code = (block["comment"] or "").partition(": ")
+        # Line numbers in a traceback are those of the README.
+        line = README.count("\n", 0, block.start("source"))
+        if kind in ("continues", "shows"):
+            first, before = found.pop()
+            more = block["source"] if kind == "continues" else f"_show({code}, {block['source'].rstrip()!r})\n"
+            found.append((first, before + "\n" * (line - before.count("\n")) + more))
+        elif block["language"] == "python":
+            found.append((line, "\n" * line + block["source"]))
+    return found
 
 
-@pytest.mark.parametrize("source", programs())
-def test_a_program_in_the_readme_runs(source: str, io_loop: IOLoop, monkeypatch: pytest.MonkeyPatch):
+async def run(source: str, module: types.ModuleType) -> list[tuple[str, str]]:
+    """Run a program as that module; what its values look like, each with what the README says."""
     shown: list[tuple[str, str]] = []
-    source, claims = SHOWN.subn(lambda line: f"_show({line['code']}, {line['text']!r})", source)
+    source = SHOWN.sub(lambda line: f"_show({line['code']}, {line['text']!r})", source)
     source = source.replace("port=3000", "port=0").replace("3000", str(free_port()))
-    module = types.ModuleType("readme")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     module.__dict__["_show"] = lambda value, text: shown.append((repr(value), text))
-    run = asyncio.get_event_loop().run_until_complete  # of io_loop
-    try:
-        running = eval(compile(source, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), module.__dict__)
-        if inspect.iscoroutine(running):
-            run(running)
-    finally:
-        run(end(Client, module, Client.close))
-        run(end(AsenaServer, module, AsenaServer.aclose))
-        run(rest())
-    assert len(shown) == claims
-    for value, text in shown:
-        assert value == text
+    running = eval(compile(source, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), module.__dict__)
+    if inspect.iscoroutine(running):
+        await running
+    assert len(shown) == source.count("_show(")
+    return shown
+
+
+async def clean_up(module: types.ModuleType) -> None:
+    await end(Client, module, Client.close)
+    await end(AsenaServer, module, AsenaServer.aclose)
+    # Let the clients read to their ends.
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if tasks:
+        await asyncio.wait(tasks, timeout=5)
 
 
 def free_port() -> int:
@@ -76,11 +80,55 @@ async def end(kind: type[T], module: types.ModuleType, how: Callable[[T], Awaita
             await how(value)
 
 
-async def rest() -> None:
-    """Let the clients read to their ends."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    if tasks:
-        await asyncio.wait(tasks, timeout=5)
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Where a program runs; its classes find their names there."""
+    module = types.ModuleType("readme")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.mark.parametrize("source", [pytest.param(source, id=f"line {line + 1}") for line, source in sources()])
+async def test_a_program_in_the_readme_runs(source: str, module: types.ModuleType):
+    try:
+        shown = await run(source, module)
+    finally:
+        await clean_up(module)
+    for value, text in shown:
+        assert SOCKET_ID.sub("…", value) == SOCKET_ID.sub("…", text)
+
+
+@pytest.mark.browser
+async def test_the_page_in_the_readme_talks_to_its_service(module: types.ModuleType):
+    playwright = pytest.importorskip("playwright.async_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium on PATH")
+    (source,) = (source for _, source in sources() if "<script>" in source)
+    source = source.partition("\nann = ")[0]  # the service and the page, not what a notebook does with them
+    try:
+        await run(source, module)
+        async with playwright.async_playwright() as driver:
+            browser = await driver.chromium.launch(
+                executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
+            )
+            pages = []
+            for name in ("Ann", "Bob"):
+                pages.append(await browser.new_page())
+                await pages[-1].goto(module.__dict__["server"].url(f"/?username={name}&room=tech"))
+                await pages[-1].wait_for_function("socket.readyState === WebSocket.OPEN")
+            ann, bob = pages
+            await bob.get_by_role("textbox").fill("hi")
+            await bob.get_by_role("textbox").press("Enter")
+            await bob.get_by_text("Bob: hi").wait_for()  # so he is in the room
+            assert await bob.get_by_role("textbox").input_value() == ""
+            await ann.get_by_role("textbox").fill("<b>hello</b>")
+            await ann.get_by_role("button").click()
+            for page in pages:
+                await page.get_by_text("Ann: <b>hello</b>").wait_for()
+            await browser.close()
+    finally:
+        await clean_up(module)
 
 
 def test_each_command_is_there_once():

@@ -288,7 +288,7 @@ async def test_redis_may_come_after_the_servers(redis_server: RedisServer, prefi
             ann, bob = await join(a, "x"), await join(b, "x")
             receipt = to(a, "x", "1")
             assert (receipt, receipt.carried) == (1, False)
-            assert "but to no other node" in repr(a.inspector.to("x", "2"))
+            assert "but not to other nodes, which cannot be reached" in repr(a.inspector.to("x", "2"))
             assert [await ann.recv(), await ann.recv()] == ["1", "2"]
             with pytest.raises(TransportError, match="not reachable"):
                 await a.cluster.transport.sync()

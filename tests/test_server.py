@@ -278,7 +278,7 @@ async def test_a_busy_port_is_an_error_that_says_what_to_do(
         server = AsenaServer(Echo, port=port, address=address)
         where = address or "every interface"
         with pytest.raises(
-            PortInUseError, match=rf"port {port} on {where} is in use .*port=0 picks a free one"
+            PortInUseError, match=rf"port {port} on {where} is already in use: .*port=0 picks a free one"
         ) as error:
             await server.__aenter__() if hosting == "caller" else server.start(hosting=hosting)
         assert (error.value.port, error.value.address, error.value.errno) == (port, address, errno.EADDRINUSE)
@@ -364,10 +364,10 @@ async def test_a_server_that_is_still_starting_can_be_stopped(hosting: str) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"port": -1}, "a port is a number from 0"),
-        ({"port": 70000}, "a port is a number from 0"),
-        ({"port": "3000"}, "a port is a number from 0 .* not '3000'"),
-        ({"allowed_origins": "http://a"}, r"allowed_origins is a list: \['http://a'\]"),
+        ({"port": -1}, "port must be a number from 0"),
+        ({"port": 70000}, "port must be a number from 0"),
+        ({"port": "3000"}, "port must be a number from 0 .* not '3000'"),
+        ({"allowed_origins": "http://a"}, r"allowed_origins must be a list: \['http://a'\]"),
         ({"options": {"max_sockets": 1}}, "options takes a WebSocketOptions"),
     ],
 )
@@ -378,7 +378,9 @@ def test_arguments_that_cannot_work_are_refused(arguments: Any, message: str) ->
 
 @pytest.mark.parametrize("address", ["nowhere.invalid", "192.0.2.1"])
 def test_an_address_of_another_machine_is_refused(address: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"cannot listen on '{address}', which is no address of this machine"):
+    with pytest.raises(
+        ConfigurationError, match=f"cannot listen on '{address}', which is not an address of this machine"
+    ):
         AsenaServer(Echo, port=0, address=address).start()
 
 
@@ -399,11 +401,13 @@ async def test_an_instance_serves_one_server_at_a_time() -> None:
 
 
 def test_starting_it_otherwise_while_it_runs_is_an_error() -> None:
-    with pytest.raises(ConfigurationError, match=r'hosting is "thread" or "kernel", not \'process\''):
+    with pytest.raises(ConfigurationError, match=r'hosting must be "thread" or "kernel", not \'process\''):
         AsenaServer(Echo, port=0).start(hosting="process")  # type: ignore[arg-type]  # that is the point
     with AsenaServer(Echo, port=0) as server:
         for start in (lambda: server.start(hosting="kernel"), lambda: asyncio.run(server.serve()), server.run):
-            with pytest.raises(ServerStateError, match=r"the server already runs \(hosting='thread'\); stop it first"):
+            with pytest.raises(
+                ServerStateError, match=r"the server is already running \(hosting='thread'\): stop it first"
+            ):
                 start()
 
 
@@ -445,9 +449,9 @@ def test_call_runs_on_the_server_s_loop_and_gives_the_result() -> None:
         assert threading.current_thread() not in threads
         with pytest.raises(LookupError, match="no such thing"):
             server.call(fail)
-        with pytest.raises(ServerStateError, match="own loop already: call the function, or await it"):
+        with pytest.raises(ServerStateError, match="already is the server's own loop: call the function, or await it"):
             server.call(lambda: server.call(where))
-        with pytest.raises(ServerStateError, match="own loop already"):
+        with pytest.raises(ServerStateError, match="already is the server's own loop"):
             server.call(lambda: server.call(where()))
 
 

@@ -101,7 +101,7 @@ async def test_hooks_may_be_static_have_defaults_and_collect_arguments() -> None
 )
 def test_a_hook_that_asks_for_more_than_there_is_is_an_error_at_start(name: str, hook: Callable[..., Any]) -> None:
     service = WebSocket("/x")(type("Service", (AsenaWebSocketService,), {name: hook}))
-    with pytest.raises(ConfigurationError, match=rf"Service\.{name} asks for more than the \d argument"):
+    with pytest.raises(ConfigurationError, match=rf"Service\.{name} takes more than the \d argument"):
         AsenaServer(service, port=0).start()
 
 
@@ -286,7 +286,7 @@ def test_an_annotation_that_names_nothing_is_an_error_at_start() -> None:
         AsenaServer(Service, port=0).start()
 
 
-async def test_who_does_not_take_the_message_takes_every_kind() -> None:
+async def test_on_message_without_a_message_accepts_every_kind() -> None:
     @WebSocket("/x")
     class Service(AsenaWebSocketService):
         def on_message(self, ws: Socket) -> None:
@@ -492,7 +492,7 @@ def test_the_path_may_be_given_by_name() -> None:
 
 @pytest.mark.parametrize("wrong", ["onOpen", "onMessage", "onClose", "on_connect", "on_disconnect", "open"])
 def test_a_hook_spelt_as_elsewhere_is_refused_with_the_right_spelling(wrong: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"Service\.{wrong} would never be called: here it is spelled on_"):
+    with pytest.raises(ConfigurationError, match=rf"Service\.{wrong} would never be called: write on_"):
         WebSocket("/x")(type("Service", (AsenaWebSocketService,), {wrong: lambda self, ws: None}))
 
 
@@ -515,7 +515,7 @@ def test_two_services_on_a_path_are_an_error() -> None:
 def test_a_service_of_no_server_says_so() -> None:
     service = WebSocket("/x")(type("Chat", (AsenaWebSocketService,), {}))()
     for use in (lambda: service.sockets, lambda: service.rooms, lambda: service.in_("x"), lambda: service.to("r", 1)):
-        with pytest.raises(ServerStateError, match="Chat belongs to no server"):
+        with pytest.raises(ServerStateError, match="Chat does not belong to a server"):
             use()
 
 

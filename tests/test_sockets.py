@@ -118,7 +118,7 @@ def test_unknown_attributes_of_the_data_are_looked_up_in_the_values(values: Any)
     data = SocketData("an id", "/x", {"q": "1"}, values)
     assert data.name == "Ann"
     assert data.query == {"q": "1"}, "its own attributes come first"
-    with pytest.raises(AttributeError, match=r"the socket's values have no 'nmae' \(there are: name"):
+    with pytest.raises(AttributeError, match=r"the socket's values have no 'nmae' \(known: name"):
         data.nmae  # noqa: B018
     assert not hasattr(data, "items")
     with pytest.raises(AttributeError):
@@ -192,7 +192,7 @@ async def stall(server: AsenaServer, service: Recorder) -> tuple[sockets.socket,
     return sock, socket
 
 
-async def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_nobody() -> None:
+async def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_no_other() -> None:
     options = WebSocketOptions(max_buffered_bytes=100_000, close_timeout=0.05)
     async with serving(recorder(options=options)) as (server, service):
         client, _ = await enter(server, service)

@@ -130,7 +130,7 @@ def test_handlers_that_hang_are_cancelled_and_on_close_runs(wires):
 
 
 @pytest.mark.parametrize("hook", ["on_open", "on_message", "on_close"])
-def test_past_the_deadline_nobody_is_waited_for(wires, caplog, hook):
+def test_after_the_deadline_stopping_waits_for_no_handler(wires, caplog, hook):
     async def hangs(self: Any, ws: Socket, *args: Any) -> None:
         self.begun.release()
         try:
@@ -145,12 +145,12 @@ def test_past_the_deadline_nobody_is_waited_for(wires, caplog, hook):
         assert service.begun.acquire(timeout=10)
     server.stop(timeout=0.2)
     assert server.state == "stopped"
-    assert "did not go in time" in caplog.text
+    assert "did not close in time" in caplog.text
     assert None in service.all_left()
     assert client.close_code() == 1001
 
 
-def test_who_comes_while_it_stops_is_not_let_in(wires):
+def test_a_client_that_comes_while_the_server_stops_is_refused(wires):
     @Middleware()
     class Slow:
         async def handle(self, context, next):

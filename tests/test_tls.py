@@ -173,7 +173,7 @@ def test_control_frames_between_fragments_are_answered_at_once(serve):
     assert wire.read() == "fragment"
 
 
-def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_nobody(serve):
+def test_a_client_that_does_not_read_is_closed_with_1013_and_slows_no_other(serve):
     place = serve(max_buffered_bytes=100_000)
     wire, socket = place.enter(receive_buffer=4096)
     other, _ = place.enter()
@@ -212,7 +212,7 @@ def test_with_the_policy_drop_it_misses_the_newest_and_stays(serve):
     wire.echo()
 
 
-def test_who_is_ahead_of_its_handler_is_not_read_until_it_catches_up(serve):
+def test_a_client_ahead_of_its_handler_is_not_read_until_that_catches_up(serve):
     place = serve(max_queued_messages=4)
     wire, socket = place.enter()
     wire.send("wait")
@@ -304,7 +304,7 @@ def test_stop_closes_everybody_with_1001(serve):
     assert [place.service.next()[:2] for _ in members] == [("close", 1001)] * 30
 
 
-def test_who_floods_keeps_nobody_from_being_served(serve):
+def test_a_client_that_floods_does_not_hold_up_others(serve):
     place = serve()
     flooder, _ = place.enter()
     other, _ = place.enter()
@@ -326,7 +326,7 @@ def test_who_floods_keeps_nobody_from_being_served(serve):
         thread.join()
 
 
-def test_who_does_not_even_speak_tls_keeps_nobody_from_being_served(serve, wires):
+def test_a_client_that_does_not_speak_tls_does_not_hold_up_others(serve, wires):
     place = serve(handshake_timeout=0.3)
     silent, plain, garbage = (wires.dial(place.server) for _ in range(3))
     plain.write(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -199,7 +199,7 @@ def test_what_on_start_raises_fails_the_start_and_the_next_one_works(wires: Any,
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, PanicException])
-def test_what_on_stop_raises_keeps_nobody_else_from_stopping(error: Any) -> None:
+def test_an_error_in_on_stop_does_not_keep_the_others_from_stopping(error: Any) -> None:
     stopped = []
 
     @Service
@@ -243,7 +243,7 @@ def test_a_callback_or_task_of_the_users_own_does_not_end_the_loop(
         works(wires, server)
     assert server.state == "stopped"
     assert "by a callback" in caplog.text
-    assert "stopped the server's loop, which goes on" in caplog.text
+    assert "called stop() on the server's loop, which goes on" in caplog.text
     gc.collect()  # the task's exception is complained about here, and not in another test
     caplog.clear()
 
@@ -331,7 +331,7 @@ def test_a_loop_that_is_broken_ends_and_says_so(caplog: pytest.LogCaptureFixture
     loop.call_soon_threadsafe(int)
     while server.state != "stopped":
         time.sleep(0.001)
-    assert "the server's loop is broken, and ends" in caplog.text
+    assert "the server's loop has failed, and ends" in caplog.text
     with pytest.raises(ServerStateError):
         server.call(int)
     with server.start():
@@ -421,7 +421,7 @@ def test_a_re_run_does_not_wait_for_ever_for_a_loop_that_is_held_up(
         client = wires.connect(server, "/echo")
         client.send("block")
         begun.wait(10)
-        with pytest.raises(ServerStateError, match=r"does not answer within 0.2 s, and stays as it was.*in blocks"):
+        with pytest.raises(ServerStateError, match=r"did not answer within 0.2 s and goes on; .*in blocks"):
             AsenaServer(echo_of(), port=server.port).start()
         go_on.set()
         assert client.read() == "back"
@@ -709,7 +709,7 @@ def test_what_waits_for_handlers_counts_as_well(wires: Any) -> None:
         other.echo()
 
 
-def test_who_sends_from_another_thread_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sending_from_another_thread_waits_for_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
     go_on, begun = threading.Event(), threading.Event()
 
@@ -742,7 +742,7 @@ def test_who_sends_from_another_thread_waits_for_the_loop(monkeypatch: pytest.Mo
         assert server.call(lambda: door._weight) == 0
 
 
-async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_must_not_wait_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asena_tornado.hosting.loops.MAX_POSTED", 1_000_000)
     monkeypatch.setattr("asena_tornado.hosting.loops.PATIENCE", 0.05)
     go_on, begun = threading.Event(), threading.Event()
@@ -766,7 +766,7 @@ async def test_who_may_not_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         namespace.in_("now it can be sent")
 
 
-def test_who_waits_for_handlers_too_much_goes_alone(wires: Any) -> None:
+def test_a_client_with_too_much_unhandled_input_is_closed_alone(wires: Any) -> None:
     """Others have something waiting as well, and are no slower for it."""
     go_on = asyncio.Event()
 
@@ -854,13 +854,13 @@ async def test_a_re_run_that_cannot_work_leaves_everything_as_it_was(wires: Any,
     while server.state == "starting":  # noqa: ASYNC110
         await asyncio.sleep(0)
     client = await asyncio.to_thread(wires.connect, server, "/echo")
-    with pytest.raises(ConfigurationError, match="is no address: write it like"):
+    with pytest.raises(ConfigurationError, match="is not an address: write it like"):
         AsenaServer(echo_of(), Component, port=server.port, public_url="example.com").start(hosting=hosting)
     await asyncio.to_thread(client.echo)
     assert server.state == "running"
     assert log.count("start") == log.count("stop")
     await server.aclose()
-    with pytest.raises(ConfigurationError, match="is no address: write it like"):
+    with pytest.raises(ConfigurationError, match="is not an address: write it like"):
         AsenaServer(echo_of(), Component, port=0, public_url="example.com").start(hosting=hosting)
     assert log.count("start") == log.count("stop")
 
@@ -979,7 +979,7 @@ async def test_re_runs_on_one_loop_take_turns() -> None:
     await later[-1].aclose()
 
 
-def test_starting_another_server_on_the_port_from_on_start_is_an_error_and_no_deadlock() -> None:
+def test_starting_another_server_on_the_port_from_on_start_is_an_error_and_not_a_deadlock() -> None:
     errors: list[BaseException] = []
 
     @Service

@@ -307,7 +307,7 @@ def one_path_twice() -> Any:
         (circle, CircularDependencyError, "First.other -> Second.other -> First"),
         (unknown_name, InjectionError, "Users.mail: no component is named 'Mial'"),
         (one_name_twice, InjectionError, "two components are named 'Mail'"),
-        (no_component, InjectionError, "Users.mail: Mail is no component; put @Service above the class"),
+        (no_component, InjectionError, "Users.mail: Mail is not a component: put @Service above the class"),
         (one_path_twice, ConfigurationError, "two services for '/chat'"),
     ],
 )
@@ -315,7 +315,7 @@ async def test_a_mistake_is_an_error_at_start_before_anything_listens(components
     server = AsenaServer(*components(), port=0)
     with pytest.raises(kind, match=says):
         await hosted(server, hosting).__aenter__()
-    with pytest.raises(ServerStateError, match="port=0 becomes a number when the server starts"):
+    with pytest.raises(ServerStateError, match="with port=0, the port is known once the server has started"):
         server.port  # noqa: B018
 
 
@@ -337,7 +337,7 @@ async def test_a_component_that_cannot_start_stops_those_that_had_and_frees_the_
     server = AsenaServer(mail, port=0)
     with pytest.raises(ConnectionError, match="no mail server") as failure:
         await hosted(server, hosting).__aenter__()
-    assert failure.value.__notes__ == ["raised by Mail.on_start(); nothing was left started"]
+    assert failure.value.__notes__ == ["raised by Mail.on_start(); what had started has been stopped"]
     assert diary.entries == ["Database starts", "Database stops"]
     assert server.state == "stopped"
     with socket.socket() as again:

@@ -1,1 +1,1 @@
-"""Who connects: a WebSocket client for tests, notebooks and scripts."""
+"""A WebSocket client for tests, notebooks and scripts."""

@@ -23,10 +23,13 @@ _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes
 
 
 class Client:
-    """One connection to a server; made by `connect`. Every wait has a time limit, in seconds.
+    """One connection to a server, made by `connect`; for notebooks and tests.
 
-    What arrives is kept until it is asked for, so that pings and a close are answered meanwhile. It may be used from
-    any loop.
+    What arrives is kept until it is asked for, so pings and a close are answered meanwhile. It may be used from any
+    loop. ``async for message in client`` goes on until the connection is closed, ``async with`` closes it.
+
+    Attributes:
+        url: The address it is connected to.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -62,7 +65,16 @@ class Client:
         await self._door.acall(work)
 
     async def send(self, data: object) -> None:
-        """Send: str as text, bytes as binary, anything else as JSON. Raises `EncodeError`, `ConnectionClosed`."""
+        """Send a message.
+
+        Args:
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Raises:
+            EncodeError: ``data`` cannot become a message.
+            ConnectionClosed: The connection is closed.
+            TimeoutError: The server took nothing within the client's timeout.
+        """
         message = encode(data)
         await self._on_loop(lambda: self._send(message))
 
@@ -73,12 +85,20 @@ class Client:
                 self._connection.write_message(message.payload, binary=message.opcode == BINARY), self._timeout
             )
         except TimeoutError:
-            raise TimeoutError(f"{shown_url(self.url)} took nothing for {self._timeout} s") from None
+            raise TimeoutError(f"{shown_url(self.url)} did not take the message within {self._timeout} s") from None
         except WebSocketClosedError:
             raise self._closed() from None
 
     async def recv(self, *, timeout: float | None = None) -> str | bytes:
-        """The next message. Raises ``TimeoutError`` when none comes in time, `ConnectionClosed` when none will."""
+        """Return the next message: text as ``str``, binary as bytes.
+
+        Args:
+            timeout: Seconds to wait; by default those that were given to `connect`.
+
+        Raises:
+            TimeoutError: None has come in time.
+            ConnectionClosed: The connection is closed, and all that came before has been received.
+        """
         limit = self._timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
@@ -99,11 +119,25 @@ class Client:
             await self._news.wait()
 
     async def recv_json(self, *, timeout: float | None = None) -> Any:
-        """The next message, parsed as JSON."""
+        """Return the next message, parsed as JSON.
+
+        Args:
+            timeout: Seconds to wait; by default those that were given to `connect`.
+
+        Raises:
+            TimeoutError: None has come in time.
+            ConnectionClosed: The connection is closed, and all that came before has been received.
+            ValueError: The message is not JSON.
+        """
         return json.loads(await self.recv(timeout=timeout))
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close and wait until the server has answered. Messages not received yet are discarded."""
+        """Close, and wait until the server has answered. Messages not received yet are discarded.
+
+        Args:
+            code: A close code of RFC 6455 §7.4.
+            reason: At most 123 bytes as UTF-8.
+        """
         connection = self._connection
         assert connection is not None
         await self._on_loop(lambda: connection.close(code, reason))
@@ -137,15 +171,28 @@ class Client:
 async def connect(
     url: str, *, headers: Mapping[str, str] | None = None, timeout: float = _DEFAULT_TIMEOUT, ssl_options: Any = None
 ) -> Client:
-    """Connect to a WebSocket server.
+    """Connect to a WebSocket server: ``client = await connect("ws://localhost:3000/chat")``.
 
-    The client lives on the loop that awaits this; in a notebook on a thread of its own, so that it answers pings
-    and closes while a cell computes. ``headers``: of the handshake. ``timeout``: seconds, for this and as the
-    default for every later wait. Raises `HandshakeRefused` with the status and body when the server answers with
-    plain HTTP, ``TimeoutError``, and ``OSError`` when nobody listens; no text of these shows the query string.
+    The client lives on the loop that awaits this. In a notebook it lives on a thread of its own, so that it answers
+    pings and closes while a cell computes.
+
+    Args:
+        url: The address, ``ws://…`` or ``wss://…``.
+        headers: Headers of the handshake.
+        timeout: Seconds, for the handshake and as the default of every later wait.
+        ssl_options: An ``ssl.SSLContext`` of the client's side, for ``wss://``.
+
+    Returns:
+        The connected client.
+
+    Raises:
+        HandshakeRefused: The server answered with plain HTTP; it has the status and the body.
+        TimeoutError: The handshake took longer than ``timeout``.
+        OSError: Nothing listens there.
+        ValueError: The address is not that of a WebSocket. No text of these errors shows the query string.
     """
     if not url.startswith(("ws://", "wss://")):
-        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, unlike {shown_url(url)!r}")
+        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, but this is {shown_url(url)!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )

@@ -36,7 +36,7 @@ def _shared_buffer() -> memoryview:
 
 
 class ChannelOwner(Protocol):
-    """Who is told what happens on the channel. All calls come on the loop."""
+    """What gets the events of a channel. All calls come on the loop."""
 
     def data_received(self, data: bytes) -> None: ...
     def peer_gone(self) -> None: ...
@@ -48,8 +48,8 @@ class ChannelOwner(Protocol):
 class Channel(Protocol):
     """One connection's bytes.
 
-    ``waiting`` is how many the system has not taken yet. ``send`` is the socket's own, for who writes to thousands
-    in a row and reports with `sent` what became of it; it is None whenever `write` has to be used instead.
+    ``waiting`` is how many the system has not taken yet. ``send`` is the socket's own, for code that writes to
+    thousands in a row and reports with `sent` what became of it; it is None whenever `write` has to be used instead.
     """
 
     waiting: int
@@ -200,7 +200,7 @@ class SocketChannel:
         return self._sock.sendmsg([backlog[i] for i in range(min(len(backlog), _VECTOR))])
 
     def pause(self) -> None:
-        """Stop reading, so that the client's TCP feels it."""
+        """Stop reading, so that TCP slows the client down."""
         if self._reading:
             self._reading = False
             self._reader.discard(self._fd)
@@ -347,7 +347,7 @@ class TlsChannel(SocketChannel):
 
 
 def _whole(data: memoryview | bytes) -> bytes:
-    """What a view shows a part of."""
+    """The buffer that a memoryview shows a part of."""
     return data.obj if isinstance(data, memoryview) else data  # type: ignore[return-value]  # views of bytes
 
 
@@ -413,7 +413,7 @@ class StreamChannel:
         """Never called, as ``send`` is None."""
 
     def _written(self, future: asyncio.Future[None]) -> None:
-        # Also marks an exception as seen: that the stream is closed is told by its close callback.
+        # Also marks an exception as seen: the close callback reports that the stream is closed.
         if future.cancelled() or future.exception() is not None or self._gone:
             return
         size = self._unsent.popleft()

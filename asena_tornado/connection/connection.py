@@ -27,7 +27,7 @@ _NOTHING_OWED: list[int] = []  # one for all, as most connections are idle; neve
 
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
 _JOIN_BELOW = 64 * 1024
-# How long a client that broke the protocol, or was told to go, may keep its half of the connection.
+# How long a client that broke the protocol, or was closed, may keep its half of the connection.
 _LINGER = 1.0  # seconds
 
 
@@ -182,7 +182,7 @@ class Connection:
         self.channel.finish()
 
     def channel_progressed(self) -> None:
-        """Some of what waited has been taken: whoever reads, however slowly, is alive."""
+        """Some of what waited has been taken: a client that reads, however slowly, is alive."""
         self.heard_at = self._keepalive.now
 
     def channel_drained(self) -> None:
@@ -210,7 +210,7 @@ class Connection:
     # -- what is sent
 
     def send(self, message: Message) -> bool:
-        """Owe the message to the client; False if it was not taken."""
+        """Queue the message for the client; False if it was not taken."""
         if self.state is not ReadyState.OPEN:
             return False
         deflate = self.deflate
@@ -256,7 +256,7 @@ class Connection:
         if len(owed) == 1:
             self.write(owed[0], counts[0])
         elif size <= _JOIN_BELOW and not self.channel.waiting:
-            # Whoever is behind gets the pieces: others wait for the same ones, and a copy would be this one's alone.
+            # A slow client gets the pieces: others wait for the same ones, and a copy would be for this one alone.
             self.write(b"".join(owed), sum(counts))
         else:
             for at, data in enumerate(owed):
@@ -269,7 +269,7 @@ class Connection:
 
     @property
     def paused(self) -> bool:
-        """Whether it is we who do not read, because the handler is behind."""
+        """Whether we have stopped reading, because the handler is behind."""
         return self._parser.waiting or self._planned is not None
 
     @property
@@ -283,7 +283,7 @@ class Connection:
         return self._dispatch.size + self._parser.pending
 
     def shed(self) -> None:
-        """The whole server has too much that waits: give up what waits because of this client."""
+        """Too much waits in the whole server: give up what waits because of this client."""
         if self.state is ReadyState.OPEN:
             self.code, self.reason = 1013, "too slow: the server's limit of waiting bytes is reached"
             self._dispatch.clear()
@@ -306,7 +306,7 @@ class Connection:
 
     @property
     def last_error(self) -> str | None:
-        """The last that a hook raised, in one line."""
+        """The last error that a hook raised, in one line."""
         return self._dispatch.last_error
 
     @property
@@ -375,14 +375,14 @@ class Connection:
         self.channel.give_up()
 
     def cut_off(self) -> None:
-        """Out of time: abort, and cancel whatever handler still runs."""
+        """The time is over: abort, and cancel a handler that still runs."""
         if self._planned is not None and self.code is None:
             self.code, self.reason = self._planned
         self.channel.abort()
         self._dispatch.cancel()
 
     def _after_messages(self, act: Callable[..., None], *args: Any) -> None:
-        """End what is to end, but behind the messages that came before: what answers them at once is still sent."""
+        """End the connection, but after the messages that came before: immediate answers to them are still sent."""
         self._parser.end()
         if self._dispatch.waiting:
             self._afterwards = act, args
@@ -431,7 +431,7 @@ class Connection:
             self.channel.finish()
 
     def _leave(self) -> None:
-        """From here on nobody addresses the socket; ``on_close`` still sees its rooms."""
+        """From here on nothing addresses the socket; ``on_close`` still sees its rooms."""
         if self.state is ReadyState.OPEN:
             self._namespace.release(self.socket, self.code or 1006, self.reason)
             self._release_rooms()
@@ -445,7 +445,7 @@ class Connection:
         self._forget()
 
     def _forget(self) -> None:
-        """Once on_close has run and the TCP connection is gone too: whoever stops waits for both."""
+        """Done once on_close has run and the TCP connection is gone, too: stopping waits for both."""
         if self._lost and self._dispatch.ended:
             self._namespace.forget(self.socket)
 
@@ -492,7 +492,7 @@ class Connection:
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
     """The leading messages of ``data`` that fit into ``room`` bytes, and how many they are.
 
-    Control frames stay also where they do not fit: who never gets a ping cannot answer it.
+    Control frames stay even where they do not fit: a client that gets no ping cannot answer it.
     """
     at = count = 0
     kept = []

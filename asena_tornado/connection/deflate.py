@@ -200,19 +200,19 @@ class Deflate:
 
 
 class Inflates(Protocol):
-    """Who has a message that is inflated bit by bit."""
+    """A parser with a message that is inflated bit by bit."""
 
     def inflate(self, allowance: int) -> int:
         """Make up to ``allowance`` bytes of it; what is left of that, over 0 only once it is whole."""
         ...
 
     def parse_on(self) -> None:
-        """Go on with what came behind it."""
+        """Parse what came after it."""
         ...
 
 
 class InflationQueue:
-    """Who waits for a large message to be inflated: one at a time, and so much of it per turn of the loop.
+    """The queue for large messages to be inflated: one at a time, and a limited part of it per turn of the loop.
 
     A kilobyte from a client can be a megabyte inflated. With a share of each turn, however many clients send such,
     everybody else is served in between; and one at a time, as half a message takes memory and is of no use.
@@ -226,7 +226,7 @@ class InflationQueue:
         self._scheduled = False
 
     def add(self, who: Inflates) -> None:
-        """Wait for one's turn, once."""
+        """Wait for its turn, once."""
         self._waiting.setdefault(who)
         if not self._scheduled:
             self._scheduled = True

@@ -27,7 +27,7 @@ _AT_ONCE = 64
 
 
 class Source(Protocol):
-    """A connection, as far as its messages are concerned."""
+    """A connection, as the dispatch sees it."""
 
     state: ReadyState
     socket: Socket[Any]
@@ -133,7 +133,7 @@ class Dispatch:
         options = self._options
         if len(inbox) >= options.max_queued_messages or self.size >= options.max_queued_bytes:
             if source.peer_is_gone:
-                # The last bytes of who has gone; there will be no time to handle them all.
+                # The last bytes of a client that has gone; there will be no time to handle them all.
                 self.size -= len(inbox.pop())
             else:
                 self._full = True
@@ -206,7 +206,7 @@ class Dispatch:
         if result is not None and isawaitable(result):
             task = self._in_background(self._run(lambda: result))
             if iscoroutine(result):
-                # Ended along with its socket, it may not even have begun; that is no reason for a warning.
+                # Cancelled along with its socket, it may not even have begun: do not warn of it.
                 task.add_done_callback(lambda _: result.close())
 
     # -- the end
@@ -257,12 +257,12 @@ class Dispatch:
     def _cancel_late_handler(self) -> None:
         if self._task is not None:
             log.warning(
-                "%s: a handler is cancelled, as its client is gone and handler_grace is over", self._source.socket
+                "%s: a handler is cancelled: its client is gone, and handler_grace is over", self._source.socket
             )
             self._task.cancel()
 
     def cancel(self) -> None:
-        """Cancel whatever handler runs."""
+        """Cancel a handler that runs."""
         if self._task is not None:
             self._task.cancel()
 
@@ -380,7 +380,7 @@ class Dispatch:
         self._note(error)
         socket = self._source.socket
         if isinstance(error, SocketClosedError) and self._source.state is not ReadyState.OPEN:
-            log.info("%s: its client went away while a handler was running: %s", socket, error)
+            log.info("%s: the client went away while its handler was running: %s", socket, error)
         else:
             failure = self._namespace.events.failed(socket.id, error)
             log.error("%s raised %s (%s)", failure.where, failure.error, socket, exc_info=bounded(error))

@@ -54,13 +54,13 @@ class Inflater(Protocol):
 
 
 class Messages(Protocol):
-    """Who takes the messages."""
+    """Takes the messages."""
 
     def message_received(self, data: str | bytes) -> None: ...
 
 
 class Controls(Protocol):
-    """Who is told of control frames."""
+    """Takes the control frames."""
 
     def ping_received(self, payload: bytes) -> None: ...
     def pong_received(self, payload: bytes) -> None: ...
@@ -153,7 +153,7 @@ class FrameParser:
         self.closed = True
 
     def discard(self) -> None:
-        """Nobody wants messages any more: inflate none. The close frame behind them still comes."""
+        """Messages are no longer wanted: inflate none. The close frame behind them is still parsed."""
         self._discarding = True
         if self._inflating is not None:
             self._inflating = None

@@ -61,7 +61,7 @@ class Endpoint:
 
 
 class Handshake:
-    """One handshake, whoever has parsed the request: checks, middleware, values, upgrade."""
+    """One handshake, whichever parser has read the request: checks, middleware, values, upgrade."""
 
     __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_values")
 
@@ -80,7 +80,7 @@ class Handshake:
         self._hurried = False
 
     async def ask_middleware(self) -> None:
-        """Run what is in front of the upgrade. Raises `Answered` with the response when it does not let pass."""
+        """Run the middleware before the upgrade. Raises `Answered` with the response when it refuses."""
         endpoint = self._endpoint
         if endpoint.middleware is None:
             return
@@ -89,7 +89,7 @@ class Handshake:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
                 response = await endpoint.middleware.run(context, _admit, endpoint.namespace.door)
         except TimeoutError:
-            why = "the server stops or starts anew" if self._hurried else "the handshake took too long"
+            why = "the server is stopping or restarting" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None
         finally:
             self._limit = None
@@ -98,13 +98,13 @@ class Handshake:
         self._values = context.websocket_value(self._query)
 
     def hurry(self) -> None:
-        """Middleware has had all the time there is."""
+        """The time for middleware is over."""
         if self._limit is not None and not self._limit.expired():
             self._hurried = True
             self._limit.reschedule(self._endpoint.loop.time())
 
     def accept(self) -> None:
-        """The last checks. Raises `Refusal`; afterwards `upgrade` cannot fail but for a client that is gone."""
+        """The last checks. Raises `Refusal`; afterwards `upgrade` fails only for a client that is gone."""
         namespace = self._endpoint.namespace
         values, from_query = self._values
         try:
@@ -115,7 +115,7 @@ class Handshake:
                 raise Refusal(400, f"invalid data for {namespace.path}", errors=errors) from None
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the value'}: {e['msg']}" for e in errors[:_LOGGED])
             log.error(
-                "%s: set_websocket_value(…) was given what does not fit %s, the type of ws.data.values: %s",
+                "%s: what set_websocket_value(…) was given does not fit %s, the type of ws.data.values: %s",
                 namespace.path,
                 invalid.title,
                 wrong,
@@ -166,7 +166,7 @@ class Handshake:
         """The client's key, if the request is a WebSocket handshake to the letter (RFC 6455 §4.2.1)."""
         headers = self._request.headers
         if self._request.method != "GET":
-            raise Refusal(405, "a WebSocket handshake is a GET", headers={"Allow": "GET"})
+            raise Refusal(405, "a WebSocket handshake must be a GET request", headers={"Allow": "GET"})
         if self._request.version != "HTTP/1.1":
             raise Refusal(400, "a WebSocket handshake needs HTTP/1.1")
         connection = {token.strip().lower() for token in headers.get("Connection", "").split(",")}
@@ -177,10 +177,10 @@ class Handshake:
                 headers={"Upgrade": "websocket", "Connection": "Upgrade"},
             )
         if headers.get("Sec-WebSocket-Version") != "13":
-            raise Refusal(426, "only WebSocket version 13 is spoken here", headers={"Sec-WebSocket-Version": "13"})
+            raise Refusal(426, "only WebSocket version 13 is supported", headers={"Sec-WebSocket-Version": "13"})
         # After the upgrade nobody would read it as such, and what a proxy takes for a body would be frames to us.
         if "Transfer-Encoding" in headers or set(headers.get_list("Content-Length")) - {"0"}:
-            raise Refusal(400, "a WebSocket handshake has no body")
+            raise Refusal(400, "a WebSocket handshake must not have a body")
         keys = headers.get_list("Sec-WebSocket-Key")
         try:
             if len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16:
@@ -196,7 +196,7 @@ class Handshake:
         limit = endpoint.options.max_sockets
         if limit is not None and len(endpoint.namespace.sockets) >= limit:
             raise Refusal(
-                503, f"{endpoint.namespace.path} has all the sockets it may have", headers={"Retry-After": "5"}
+                503, f"{endpoint.namespace.path} has as many sockets as it may have", headers={"Retry-After": "5"}
             )
 
     def _negotiate(self) -> DeflateParameters | None:

@@ -14,7 +14,7 @@ from .ledger import Ledger
 
 
 class Watched(Protocol):
-    """A connection, as far as its time limits are concerned. Times are the loop's."""
+    """A connection, as the keepalive sees it. Times are the loop's."""
 
     state: ReadyState
     channel: Channel
@@ -29,7 +29,7 @@ class Watched(Protocol):
 
     @property
     def paused(self) -> bool:
-        """Whether it is we who do not read."""
+        """Whether we have stopped reading."""
         ...
 
     @property
@@ -55,7 +55,7 @@ class Watched(Protocol):
         ...
 
     def shed(self) -> None:
-        """The server has too much that waits: go."""
+        """Too much waits in the server: give this connection up."""
         ...
 
 
@@ -93,7 +93,7 @@ class Keepalive:
 
     def _sweep(self) -> None:
         options = self._options
-        # Silence is counted up to the previous sweep: input that lies unread behind a busy loop is no silence.
+        # Silence is counted up to the previous sweep: input that a busy loop has not read yet is not silence.
         seen, self.now = self.now, self._loop.time()
         inbound = 0
         unread: list[Watched] = []
@@ -128,7 +128,7 @@ _END = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0)
 
 
 def _ended(connections: Sequence[Watched]) -> list[Watched]:
-    """Those whose clients are gone, although we do not read."""
+    """The connections whose clients are gone, although we do not read."""
     if not connections or not _END:
         return []
     by_descriptor = {fd: each for each in connections if (fd := each.channel.fileno()) >= 0}

@@ -10,12 +10,12 @@ from typing import Protocol
 
 log = logging.getLogger("asena_tornado")
 
-_SMALL = 1024  # bytes below which keeping account of who shares them costs more than they do
+_SMALL = 1024  # bytes; counting who shares fewer costs more than they do
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Holder(Protocol):
-    """A connection, as far as the ledger is concerned."""
+    """A connection, as the ledger sees it."""
 
     @property
     def held_bytes(self) -> int:

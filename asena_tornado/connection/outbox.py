@@ -150,7 +150,7 @@ class Outbox:
             self._deal(batch)
 
     def seal(self, members: Mapping[Socket, None]) -> None:
-        """These members are about to change: fix who gets what was published to them so far."""
+        """These members are about to change: settle now which of them get what was published so far."""
         batch = self._open
         if batch is not None and batch.members is members:
             self._open = None

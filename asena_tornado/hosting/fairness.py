@@ -8,7 +8,7 @@ import time
 _WINDOW = 0.001  # seconds between two looks at who had how much
 _SLICE = 0.0002  # seconds of a pause after which it is seen whether the pause is used
 _AT_MOST = 0.002  # seconds of one pause: what the clients wait for the cell
-_LET_BE = 0.1  # seconds, at most, until somebody who did not use a pause is offered another
+_LET_BE = 0.1  # seconds, at most, until a thread that did not use a pause is offered another
 
 
 class FairShare:
@@ -23,7 +23,7 @@ class FairShare:
     def __init__(self) -> None:
         self._clock: int | None = None
         main = threading.main_thread().ident
-        # Where the main thread's time cannot be told (macOS, Windows, a thread that has ended), nothing is done.
+        # Where the main thread's time is not known (macOS, Windows, a thread that has ended), nothing is done.
         if main is not None and hasattr(time, "pthread_getcpuclockid"):
             try:
                 self._clock = time.pthread_getcpuclockid(main)

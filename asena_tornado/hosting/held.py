@@ -185,7 +185,7 @@ class HeldSocket(socket.socket):
             super()._real_close(*args)  # type: ignore[misc]  # typeshed leaves it out
             return
         fd = self.detach()
-        # Linux has given the descriptor up in any case; the peer's reset is no news to who closes.
+        # Linux has given the descriptor up in any case, and we are closing: the peer's reset does not matter.
         if fd >= 0 and libc.close(fd) < 0 and ctypes.get_errno() != errno.ECONNRESET:
             raise _last_error()
 
@@ -369,7 +369,7 @@ class HeldLoop(asyncio.SelectorEventLoop):
 
     def _make_self_pipe(self) -> None:
         super()._make_self_pipe()  # type: ignore[misc]  # typeshed leaves it out
-        # Only the end that is read here: who wakes the loop may as well let it run.
+        # Only the end that is read here: a thread that wakes the loop may as well let it run.
         hold(self._ssock)  # type: ignore[attr-defined]
 
     def _make_socket_transport(self, sock: socket.socket, *args: Any, **kwargs: Any) -> Any:

@@ -47,7 +47,9 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
 
     Raises `PortInUseError` when somebody else listens there, `ConfigurationError` when it is not this machine's.
     """
-    nowhere = f'cannot listen on {address!r}, which is no address of this machine: "localhost" is, None is all of them'
+    nowhere = (
+        f'cannot listen on {address!r}, which is not an address of this machine: "localhost" is, None is all of them'
+    )
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -64,8 +66,8 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
             if port == 0 and attempt < 4:
                 continue  # the port that was free in one family was not in the other
             raise PortInUseError(
-                f"port {port} on {address or 'every interface'} is in use by somebody else; "
-                "stop that, or choose another port (port=0 picks a free one)",
+                f"port {port} on {address or 'every interface'} is already in use: "
+                "stop what listens there, or choose another port (port=0 picks a free one)",
                 port=port,
                 address=address,
             ) from error
@@ -117,7 +119,7 @@ class Acceptor:
         self._listeners = list(listeners)
         self._receive = receive
         self._timer: asyncio.TimerHandle | None = None
-        self._short = False  # of room, since it was last said
+        self._short = False  # of descriptors, since that was last logged
         self._quiet_until = loop.time()
         self._watch()
 
@@ -128,7 +130,7 @@ class Acceptor:
             self._timer.cancel()
             self._timer = None
         for listener in listeners:
-            if listener.fileno() >= 0:  # else it was closed before, by whoever made it
+            if listener.fileno() >= 0:  # else it was closed before, by its owner
                 self._loop.remove_reader(listener.fileno())
                 listener.close()
 
@@ -140,7 +142,7 @@ class Acceptor:
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_AT_ONCE):
             if not self._listeners or self._timer is not None:
-                return  # stopped or paused, though told of this one before
+                return  # stopped or paused since the loop reported it
             try:
                 connection, address = listener.accept()
             except BlockingIOError:
@@ -167,13 +169,13 @@ class Acceptor:
         if not self._short and now >= self._quiet_until:
             self._short = True
             self._quiet_until = now + _QUIET
-            log.warning("%s: new connections wait until there is room again", _shortage(error))
+            log.warning("%s: new connections wait until others have closed", _shortage(error))
 
 
 def _shortage(error: OSError) -> str:
     """What there is too little of."""
     if error.errno == errno.EMFILE:
-        return f"this process has as many files and connections open as it may{_limit()}"
+        return f"this process has as many files and connections open as it is allowed{_limit()}"
     if error.errno == errno.ENFILE:
-        return "this system has as many files and connections open as it may"
+        return "this system has as many files and connections open as it allows"
     return f"the system accepts no connections ({error})"

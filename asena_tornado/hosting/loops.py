@@ -77,12 +77,12 @@ class LoopDoor:
     def _wait_for_room(self) -> None:
         if running_loop() is not None and not in_cell():
             raise BackpressureError(
-                "the server's loop is behind with what other threads have it send, and waiting would hold up this "
-                "thread's own loop: await something that shows how far it is, such as server.ulak, now and then"
+                "other threads send faster than the server's loop can follow, and waiting would hold up this "
+                "thread's own loop: now and then, await something that follows the server, such as server.ulak"
             )
         if not self._room.wait_for(lambda: self._shut or self._weight <= MAX_POSTED // 2, PATIENCE):
             raise BackpressureError(
-                f"the server's loop has not caught up within {PATIENCE:g} s with what other threads have it send: "
+                f"the server's loop has not caught up within {PATIENCE:g} s with what other threads send: "
                 "is a handler blocking it?"
             )
         self.inside()  # raises, if it is the stop that ended the wait
@@ -122,7 +122,7 @@ class LoopDoor:
         """
         if self.inside():
             raise ServerStateError(
-                "this would wait for the thread it runs on; use the awaitable form (await …) on the server's own loop"
+                "this would wait for the thread it runs on: use the awaitable form (await …) on the server's own loop"
             )
         return _wait(lambda: self._in_turn(work), self.loop, timeout)
 
@@ -303,14 +303,14 @@ class LoopThread:
                     self.loop.run_forever()
                 except Exception:
                     # No callback's, as those are caught before: the loop itself cannot go on.
-                    log.exception("the server's loop is broken, and ends")
+                    log.exception("the server's loop has failed, and ends")
                     broken = True
                     break
                 except BaseException as error:
                     log.exception("%s in a callback of the server's loop, which goes on", type(error).__name__)
                 else:
                     if not self._stopping:
-                        log.error("a callback has stopped the server's loop, which goes on: use server.stop()")
+                        log.error("a callback has called stop() on the server's loop, which goes on: use server.stop()")
         finally:
             try:
                 if not broken:

@@ -40,7 +40,7 @@ def reach(port: int, local: str, *, template: str | None, environ: Mapping[str, 
 
     In this order: ``template`` or ``$ASENA_PUBLIC_URL`` (with ``{port}`` in it, if the port is part of it);
     JupyterHub, behind jupyter-server-proxy; a Jupyter server on another machine, likewise; else ``local``.
-    Where it cannot be known, the note says so. Raises `ConfigurationError` for a template that is no address.
+    Where it cannot be known, the note says so. Raises `ConfigurationError` for an invalid template.
     """
     environ = os.environ if environ is None else environ
     template = template or environ.get(TEMPLATE_VARIABLE)
@@ -66,8 +66,8 @@ def reach(port: int, local: str, *, template: str | None, environ: Mapping[str, 
     elif "JPY_PARENT_PID" in environ:
         return Reach(
             local,
-            "right if the browser runs on this machine; from elsewhere, set public_url= or "
-            f"${TEMPLATE_VARIABLE} to where it is reached",
+            "right if the browser runs on this machine; otherwise set public_url= or "
+            f"${TEMPLATE_VARIABLE} to the address that browsers use",
         )
     return Reach(local)
 
@@ -80,7 +80,7 @@ def _filled(template: str, port: int) -> str:
     parts = urlsplit(base)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigurationError(
-            f"{template!r} is no address: write it like 'https://example.com/proxy/{{port}}', "
+            f"{template!r} is not an address: write it like 'https://example.com/proxy/{{port}}', "
             "where {port} becomes the server's port"
         )
     return base

@@ -14,7 +14,7 @@ AFTER_CANCEL = 1.0  # seconds that who is cancelled may still take
 
 
 async def wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:
-    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; who goes on is left behind."""
+    """Wait until ``deadline`` (loop time), then cancel it and wait a moment more; if it goes on, it is left behind."""
     loop = asyncio.get_running_loop()
     await asyncio.wait([task], timeout=max(0.0, deadline - loop.time()))
     if not task.done():

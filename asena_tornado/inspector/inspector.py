@@ -37,11 +37,17 @@ _SHOWN = 20
 
 
 class Inspector:
-    """Looks into the live sockets and rooms of a server, and acts on them. Looking changes nothing.
+    """Looks into the live sockets and rooms of a server, and acts on them: ``server.inspector``.
 
-    ``inspector["/chat"]`` has the same members for one namespace. From another thread than the server's, every
-    call waits for the server's loop, at most 5 seconds, then raises ``TimeoutError``. A socket is named by its id,
-    by the beginning of the id where that is unique (`SocketNotFoundError` otherwise), or by a snapshot of it.
+        server.inspector.rooms["tech"]  # who is in it
+        server.inspector.send("3f2a", "for you only")  # to the socket whose id begins so
+
+    In a notebook it shows itself, live where ``anywidget`` is installed. ``inspector["/chat"]`` has the same members
+    for one namespace. A socket is named by its id, by the beginning of its id where that is unique, or by a snapshot of
+    it.
+
+    It may be used from any thread. From another than the server's, each call waits for the server's loop; after 5
+    seconds it raises ``TimeoutError``. All of them raise `ServerStateError` when the server does not run.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -54,12 +60,12 @@ class Inspector:
 
     @property
     def namespaces(self) -> Namespaces:
-        """Path to `NamespaceSnapshot`."""
+        """The namespaces by their paths: a `NamespaceSnapshot` each."""
         return self._subject.ask(lambda: Namespaces({n.path: NamespaceSnapshot.of(n) for n in self._subject.scope()}))
 
     @property
     def sockets(self) -> Sockets:
-        """Id to `SocketSnapshot`, with ``.to_pandas()``; the beginning of an id is enough."""
+        """The sockets by their ids, a `SocketSnapshot` each; the beginning of an id is enough. Has ``.to_pandas()``."""
         return self._subject.ask(
             lambda: Sockets(
                 (SocketSnapshot.of(s) for n in self._subject.scope() for s in n.sockets.values()), self._subject.where
@@ -68,7 +74,7 @@ class Inspector:
 
     @property
     def rooms(self) -> Rooms:
-        """Room to the `Sockets` in it, with ``.to_pandas()``."""
+        """The rooms by their names, each with the `Sockets` in it. Has ``.to_pandas()``."""
         return self._subject.ask(self._rooms)
 
     def _rooms(self) -> Rooms:
@@ -83,23 +89,31 @@ class Inspector:
 
     @property
     def errors(self) -> list[HandlerError]:
-        """What hooks have raised, oldest first, the last 100 per namespace: ``print(inspector.errors[-1])`` shows the
-        traceback."""
+        """What hooks have raised, oldest first; the last 100 of each namespace.
+
+        ``print(inspector.errors[-1])`` shows the last traceback.
+        """
         return self._subject.ask(lambda: sorted(each for n in self._subject.scope() for each in n.events.failures))
 
     @property
     def cluster(self) -> ClusterInspector:
-        """The same for all nodes together, awaitable, where the server has a transport."""
+        """The same for all nodes together; its calls are awaited. For a server with a transport."""
         return ClusterInspector(self._subject)
 
     def events(
         self, n: int = 50, *, namespace: str | None = None, room: str | None = None, socket: str | None = None
     ) -> Events:
-        """The last ``n`` events, oldest first: of a namespace, a room or a socket (the beginning of its id).
+        """Return the last events, oldest first.
 
-        What is rare (clients coming and going, rooms, refused handshakes, errors, drops) is always recorded, the
-        last 1000 per namespace. Messages are recorded only while somebody looks, because recording them costs time:
+        What is rare (clients that come and go, rooms, refused handshakes, errors, drops) is always recorded, the last
+        1000 of each namespace. Messages are recorded only while somebody looks, because recording them takes time:
         while a `tap` or the live view is open, and for a minute after this call; at most 2000 a second.
+
+        Args:
+            n: How many.
+            namespace: Only those of this namespace.
+            room: Only those of this room.
+            socket: Only those of this socket: its id, or the beginning of it.
         """
         wanted = _filter(room, socket)
 
@@ -120,10 +134,16 @@ class Inspector:
         socket: str | None = None,
         limit: int = 1000,
     ) -> Tap:
-        """Events as they happen: ``async for event in inspector.tap("tech")``, on any loop.
+        """Follow the events as they happen: ``async for event in inspector.tap("tech")``, on any loop.
 
-        Filters as for `events`. It never slows the server: a reader that is behind by ``limit`` events loses the
-        oldest, and ``tap.dropped`` counts them. It ends with the server, with ``tap.close()``, or when forgotten.
+        It never slows the server. It ends with the server, with ``tap.close()``, or when nothing refers to it.
+
+        Args:
+            room: Only events of this room.
+            namespace: Only events of this namespace.
+            socket: Only events of this socket: its id, or the beginning of it.
+            limit: How many events a slow reader may be behind; then it loses the oldest, and ``tap.dropped`` counts
+                them.
         """
         tap = Tap(_filter(room, socket), limit=limit)
         self._subject.ask(lambda: tap.follow(each.events for each in self._subject.some(namespace)))
@@ -131,7 +151,7 @@ class Inspector:
 
     @property
     def ulak(self) -> Ulak:
-        """The broker, which sends to any namespace of the server by its path."""
+        """The server's `Ulak`, which sends to any of its namespaces by path."""
         return self._subject.server.ulak
 
     # -- acting
@@ -139,16 +159,34 @@ class Inspector:
     def to(
         self, room: str | Iterable[str], data: object, *, exclude: Exclude = (), namespace: str | None = None
     ) -> Receipt:
-        """Send to the room, or to several rooms (once to each socket).
+        """Send to everybody in a room, or once to everybody in any of several rooms.
 
-        With several namespaces, ``namespace`` says whose room; `NamespaceNotFoundError` names the choices.
+        Args:
+            room: The room's name, or several names.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+            exclude: Sockets, or ids of sockets, that do not get it.
+            namespace: Whose room, where the server has several namespaces.
+
+        Returns:
+            A receipt: how many sockets took it, and how many were too slow to.
+
+        Raises:
+            NamespaceNotFoundError: There is no such namespace, or none was named; it lists those there are.
+            RoomNameError: A name is empty or not a string.
+            EncodeError: ``data`` cannot become a message.
         """
         rooms = (check_room(room),) if isinstance(room, str) else tuple(check_room(each) for each in room)
         where = "room" if len(rooms) == 1 else "rooms"
         return self._publish(rooms, data, exclude, namespace, f"{where} {', '.join(map(repr, rooms))} of ")
 
     def in_(self, data: object, *, exclude: Exclude = (), namespace: str | None = None) -> Receipt:
-        """Send to everybody in the namespace; otherwise like `to`."""
+        """Send to everybody in the namespace; otherwise like `to`.
+
+        Args:
+            data: What `to` takes.
+            exclude: Sockets, or ids of sockets, that do not get it.
+            namespace: Which one, where the server has several.
+        """
         return self._publish(None, data, exclude, namespace, "")
 
     def _publish(
@@ -162,7 +200,9 @@ class Inspector:
             elsewhere = ""
             if isinstance(number, Addressed):
                 carried = number.carried
-                elsewhere = ", and to the other nodes" if carried else ", but to no other node: the transport is away"
+                elsewhere = (
+                    ", and to the other nodes" if carried else ", but not to other nodes, which cannot be reached"
+                )
             number -= dropped
             if number == 0 and not dropped and not elsewhere:
                 return Receipt(0, f"sent to nobody: there are no sockets in {where}{namespace.path}")
@@ -173,7 +213,15 @@ class Inspector:
         return self._subject.ask(publish)
 
     def send(self, id: str | SocketSnapshot, data: object) -> Receipt:
-        """Send to one socket."""
+        """Send to one socket.
+
+        Args:
+            id: The socket: its id, the beginning of it, or a snapshot.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Raises:
+            SocketNotFoundError: No socket is meant by this, or several are.
+        """
         message: Message = encode(data)
 
         def send() -> Receipt:
@@ -184,7 +232,15 @@ class Inspector:
         return self._subject.ask(send)
 
     def join(self, id: str | SocketSnapshot, room: str) -> Receipt:
-        """Put the socket into the room."""
+        """Put a socket into a room.
+
+        Args:
+            id: The socket: its id, the beginning of it, or a snapshot.
+            room: The room's name.
+
+        Raises:
+            SocketNotFoundError: No socket is meant by this, or several are.
+        """
         check_room(room)
 
         def join() -> Receipt:
@@ -196,7 +252,15 @@ class Inspector:
         return self._subject.ask(join)
 
     def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
-        """Take the socket out of the room."""
+        """Take a socket out of a room.
+
+        Args:
+            id: The socket: its id, the beginning of it, or a snapshot.
+            room: The room's name.
+
+        Raises:
+            SocketNotFoundError: No socket is meant by this, or several are.
+        """
         check_room(room)
 
         def leave() -> Receipt:
@@ -208,7 +272,16 @@ class Inspector:
         return self._subject.ask(leave)
 
     def disconnect(self, id: str | SocketSnapshot, code: int = 1000, reason: str = "") -> Receipt:
-        """Close the socket; ``code`` and ``reason`` as for `Socket.close`."""
+        """Close a socket.
+
+        Args:
+            id: The socket: its id, the beginning of it, or a snapshot.
+            code: The close code, as for `Socket.close`.
+            reason: At most 123 bytes as UTF-8.
+
+        Raises:
+            SocketNotFoundError: No socket is meant by this, or several are.
+        """
 
         def disconnect() -> Receipt:
             _, socket = self._subject.socket(id)
@@ -241,7 +314,11 @@ class Inspector:
         return lines
 
     def view(self, *, read_only: bool = False) -> LiveView:
-        """The live view, as `server.inspector` shows it in a notebook; ``read_only`` takes its buttons away."""
+        """Return the live view, as ``server.inspector`` shows it in a notebook.
+
+        Args:
+            read_only: Whether to leave out what acts on sockets.
+        """
         return LiveView(self, self._subject, read_only=read_only)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:

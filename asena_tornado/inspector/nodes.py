@@ -147,7 +147,7 @@ class ClusterInspector:
             wanted = listed[wanted].id
         done = await self._ask(lambda cluster: act(cluster, wanted))
         if done is None:
-            raise SocketNotFoundError(f"no socket's id is {wanted!r}, on any node")
+            raise SocketNotFoundError(f"no socket on any node has the id {wanted!r}")
         return done, wanted[:8]
 
     async def _ask(self, work: Callable[[Cluster], Awaitable[R]]) -> R:
@@ -159,7 +159,9 @@ class ClusterInspector:
         cluster = self._subject.server.cluster
         if cluster is None:
             self._subject.door()
-            raise ServerStateError('this server is alone: AsenaServer(…, transport=RedisTransport("redis://…"))')
+            raise ServerStateError(
+                'this server has no transport: AsenaServer(…, transport=RedisTransport("redis://…"))'
+            )
         return cluster
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ class _Handler(DiscreetHandler):
         return hmac.compare_digest(token.encode(), self._view.desk.token.encode())
 
     def check_xsrf_cookie(self) -> None:
-        """No cookie is used, so nobody can make a browser act with one: the page sends its token itself."""
+        """No cookie is used that another page could misuse: the page sends its token itself."""
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         self.set_header("Content-Type", "text/plain; charset=UTF-8")
@@ -83,7 +83,7 @@ class _AskHandler(_Handler):
             return
         if len(self.request.body) > _MAX_REQUEST:
             self.set_status(413)
-            self.finish({"error": "that is too much to send from here"})
+            self.finish({"error": "the message is too long to be sent from here"})
             return
         try:
             request = json.loads(self.request.body)

@@ -298,16 +298,16 @@ def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:
 
 
 def full_id(id: str, ids: Mapping[str, object], where: str) -> str:
-    """The id that begins so; raises `SocketNotFoundError` if there is none, or more than one."""
+    """The one id that begins with this; raises `SocketNotFoundError` if there is none, or more than one."""
     if id in ids:
         return id
     candidates = [each for each in tuple(ids) if each.startswith(id)] if id else []
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        raise SocketNotFoundError(f"no socket's id is or begins with {id!r} in {where}")
+        raise SocketNotFoundError(f"no socket in {where} has an id that is or begins with {id!r}")
     named = ", ".join(candidates[:5]) + _and(len(candidates) - 5)
-    raise SocketNotFoundError(f"{len(candidates)} ids begin with {id!r}: {named}; give more of it")
+    raise SocketNotFoundError(f"{len(candidates)} ids begin with {id!r}: {named}; give more characters")
 
 
 def count(number: int, what: str) -> str:

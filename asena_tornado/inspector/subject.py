@@ -22,7 +22,7 @@ PATIENCE = 5.0  # seconds that a look or an action waits for the server's loop
 
 
 class Actor(Protocol):
-    """Who acts on sockets and rooms: the `Inspector`, as far as the live view is concerned."""
+    """What acts on sockets and rooms: the `Inspector`, as the live view sees it."""
 
     def __getitem__(self, namespace: str) -> Self: ...
     def to(self, room: str | Iterable[str], data: object, *, namespace: str | None = None) -> Receipt: ...
@@ -34,7 +34,7 @@ class Actor(Protocol):
 
 
 class Inspected(Protocol):
-    """A server, as far as the inspector is concerned."""
+    """A server, as the inspector sees it."""
 
     @property
     def state(self) -> str: ...
@@ -90,7 +90,7 @@ class Subject:
         namespaces = self.server.namespaces
         if path in namespaces:
             return namespaces[path]
-        raise NamespaceNotFoundError(f"no namespace {path!r}; there are: {_names(namespaces)}")
+        raise NamespaceNotFoundError(f"no namespace {path!r}; the namespaces are: {_names(namespaces)}")
 
     def some(self, path: str | None) -> list[Namespace]:
         """The namespace with this path, else all that are meant."""
@@ -106,21 +106,21 @@ class Subject:
         scope = self.scope()
         if len(scope) != 1:
             raise NamespaceNotFoundError(
-                f"say which namespace: namespace=… is one of {_names(self.server.namespaces)}"
+                f"say which namespace is meant: namespace=… one of {_names(self.server.namespaces)}"
                 if scope
                 else "the server has no namespaces"
             )
         return scope[0]
 
     def socket(self, id: str | SocketSnapshot) -> tuple[Namespace, Socket[Any]]:
-        """The socket whose id this is, or begins so, and its namespace. Raises `SocketNotFoundError`."""
+        """The one socket whose id is or begins with this, and its namespace. Raises `SocketNotFoundError`."""
         wanted = id if isinstance(id, str) else id.id
         found = {s.id: (n, s) for n in self.scope() for s in n.sockets.values() if s.id.startswith(wanted)}
         return found[full_id(wanted, found, self.where)]
 
 
 class Desk:
-    """What stays when a re-run cell replaces the server: who is behind the live views, and the page's token."""
+    """What stays when a re-run cell replaces the server: the server behind the live views, and the page's token."""
 
     def __init__(self, subject: Subject) -> None:
         self.token = secrets.token_urlsafe(32)
@@ -133,7 +133,7 @@ class Desk:
 
     @property
     def subject(self) -> Subject:
-        """The server that is looked at; raises `ServerStateError` when there is none any more."""
+        """The server that is looked at; raises `ServerStateError` when it is gone."""
         subject = self._subject()
         if subject is None:
             raise ServerStateError("the server has stopped")

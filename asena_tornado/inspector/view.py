@@ -1,4 +1,4 @@
-"""What the live view asks and is told, as JSON: the same for the widget in a notebook and for the page."""
+"""What the live view asks for and gets, as JSON: the same for the widget in a notebook and for the page."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class View:
         self._read_only = read_only
 
     async def answer(self, request: object) -> dict[str, Any]:
-        """What to tell the view; on the server's loop. Errors are told as ``{"error": …}``."""
+        """The answer for the view; on the server's loop. Errors are ``{"error": …}``."""
         try:
             ask = _asks.validate_python(request)
             subject = self._subject()

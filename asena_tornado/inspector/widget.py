@@ -30,7 +30,7 @@ class _Session:
 
 
 class Table(Protocol):
-    """What shows itself without widgets."""
+    """What is shown without widgets."""
 
     def _repr_html_(self) -> str: ...
 
@@ -74,7 +74,7 @@ class Link:
 
     @property
     def views(self) -> int:
-        """How many displays are taken to be open."""
+        """How many displays are open, as far as is known."""
         return len(self._sessions)
 
     def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:
@@ -118,11 +118,11 @@ class Link:
         try:
             self._widget.send({**answer, "view": request.get("view"), "to": request.get("do")})
         except Exception:
-            log.exception("the live view could not be told")
+            log.exception("the live view could not be updated")
             self._sessions.clear()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While a cell runs nobody can ask, so views that were alive before it are told all the same."""
+        """While a cell runs, views cannot ask; those that were alive before it are updated all the same."""
         self._timer = None
         now = loop.time()
         for name, session in list(self._sessions.items()):

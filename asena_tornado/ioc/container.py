@@ -52,14 +52,14 @@ class Container:
         """List a component: its class, or an instance of it.
 
         Listing the same one again changes nothing. An instance keeps the fields that were set by hand. Raises
-        ``InjectionError`` if the class is no component, ``ServerStateError`` once built.
+        ``InjectionError`` if the class is not a component, ``ServerStateError`` once built.
         """
         self._still_open("add")
         origin = get_origin(item)
         if isinstance(origin, type):
             item = origin
         if isinstance(item, (str, types.FunctionType, types.ModuleType)):
-            raise InjectionError(f"a component is a class or an instance of it, not {item!r}")
+            raise InjectionError(f"a component must be a class or an instance of one, not {item!r}")
         mark_of(item)
         if not any(item is other for other in self._listed):
             self._listed.append(item)
@@ -71,7 +71,7 @@ class Container:
     def provide(self, key: type[Any] | str, instance: object) -> None:
         """Let ``Inject(key)`` give this existing object; a class can then also be asked for by its name.
 
-        It is no component: nothing is injected into it, and it is neither started nor stopped here. Raises
+        It is not a component: nothing is injected into it, and it is neither started nor stopped here. Raises
         ``InjectionError`` if the key has another object already, ``ServerStateError`` once built.
         """
         self._still_open("provide")
@@ -97,13 +97,13 @@ class Container:
 
     def _still_open(self, what: str) -> None:
         if self._graph is not None:
-            raise ServerStateError(f"{what}() comes before the start; these components are already built")
+            raise ServerStateError(f"call {what}() before the start: these components are already built")
 
     def build(self) -> None:
         """Find, check and construct every component, and fill in its fields. Does nothing the second time.
 
         Nothing is constructed unless all can be: raises ``InjectionError`` for an unknown name, two
-        components with one name, a class that is no component and a constructor that needs arguments, and
+        components with one name, a class that is not a component and a constructor that needs arguments, and
         its subclass ``CircularDependencyError`` for a cycle. What a constructor, a reference or a ``select``
         raises comes through, with a note of where.
         """
@@ -129,7 +129,7 @@ class Container:
         values = getattr(node.instance, "__dict__", None)
         if not isinstance(values, dict):
             raise InjectionError(
-                f"{node.label} has no room for {', '.join(node.fields)}: leave out its __slots__, or add "
+                f"{node.label} cannot hold {', '.join(node.fields)}: leave out its __slots__, or add "
                 "'__dict__' to them",
                 component=node.label,
                 field=next(iter(node.fields)),
@@ -193,7 +193,7 @@ class Container:
                     if running is None or not running.runs(node.instance):
                         await _run(node, "on_start")
                 except BaseException as error:
-                    error.add_note(f"raised by {node.label}.on_start(); nothing was left started")
+                    error.add_note(f"raised by {node.label}.on_start(); what had started has been stopped")
                     await self._stop_started()
                     raise
                 self._started.append(node)

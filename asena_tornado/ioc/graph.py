@@ -73,14 +73,14 @@ def _no_component(cls: type[Any], wish: Wish | None = None) -> InjectionError:
     decorator = getattr(cls, "__asena_decorator__", None)
     if marked is not None:
         what = (
-            f"{cls.__name__} is no component: its base {marked.cls.__name__} is a @{marked.kind}, but a "
+            f"{cls.__name__} is not a component: its base {marked.cls.__name__} is a @{marked.kind}, but a "
             f"subclass needs a decorator of its own; put @{marked.kind} above {cls.__name__}"
         )
     elif isinstance(decorator, str):
-        what = f"{cls.__name__} is no component; put {decorator} above the class"
+        what = f"{cls.__name__} is not a component: put {decorator} above the class"
     else:
         what = (
-            f"{cls.__name__} is no component; put @Service above the class "
+            f"{cls.__name__} is not a component: put @Service above the class "
             '(or @WebSocket("/path"), @Controller("/path"), @Middleware(), as it may be)'
         )
         if wish is not None:
@@ -179,7 +179,7 @@ class Graph:
         self._by_override[key] = node
 
     def _stand_in(self, key: Any, wish: Wish) -> Node:
-        """The node of an override for which there is no component, only fields that ask for it."""
+        """The node of an override of something that is only injected, and is not a component."""
         node = self._by_override.get(key)
         if node is None:
             named = isinstance(key, (str, type))
@@ -234,7 +234,9 @@ class Graph:
         if len(derived) > 1:
             names = ", ".join(node.listed_as.__name__ for node in derived)
             also = f", or list {cls.__name__} too" if component_of(cls) else ""
-            what = f"several listed components are a {cls.__name__}: {names}; inject one of these instead{also}"
+            what = (
+                f"several listed components are of the class {cls.__name__}: {names}; inject one of these instead{also}"
+            )
             raise _error(what, wish)
         return derived[0] if derived else None
 
@@ -283,7 +285,7 @@ class Graph:
 
         both = f"two components are named {name!r}: {described(first)} and {described(second)}"
         if first.listed_as is second.listed_as:
-            way_out = "a server has one of each: pass it once, or derive a class with a decorator of its own"
+            way_out = "a server has one of each: pass it once, or derive a class and give it a decorator of its own"
         elif _redefined(first.listed_as, second.listed_as):
             way_out = (
                 "the class was defined again after the first was used (a cell re-run, a module reloaded): "
@@ -314,7 +316,7 @@ class Graph:
         path = " -> ".join([*(f"{node.label}.{name}" for node, name, _ in steps), circle[0].label])
         way_out = (
             "move what both need into a third component, or, where one only sends to the other's sockets, "
-            'write Inject(ulak("/path")), which is no dependency'
+            'write Inject(ulak("/path")), which is not a dependency'
         )
         if len(circle) == 1:
             way_out = f"{circle[0].label} needs no injection to reach itself; use self"
@@ -324,7 +326,7 @@ class Graph:
                 if reached_by is not None:
                     way_out = (
                         f'in {node.label}, write {name}: UlakNamespace = Inject(ulak("{reached_by}")) '
-                        f"instead of {node.fields[name]!r}: it reaches the sockets by their path, and is no "
+                        f"instead of {node.fields[name]!r}: it reaches the sockets by their path, and is not a "
                         "dependency"
                     )
                     break
@@ -342,7 +344,7 @@ class Graph:
         if isinstance(target, type):
             node = self._existing(target, None)
             if node is None:
-                raise InjectionError(f"no component is a {target.__name__}.{self._known()}")
+                raise InjectionError(f"no component is of the class {target.__name__}.{self._known()}")
             return node
         return self._by_override.get(target) if isinstance(target, Hashable) else None
 
@@ -376,7 +378,7 @@ def _check_constructor(cls: type[Any], wish: Wish | None) -> None:
         if isinstance(parameter.default, Injected) and parameter.name not in injected_fields(cls):
             raise InjectionError(
                 f"{cls.__name__}: {parameter.default!r} is the default of the constructor's argument "
-                f"{parameter.name!r}, where nothing is injected; write it in the class body: "
+                f"{parameter.name!r}, where nothing is injected: write it in the class body, "
                 f"{parameter.name} = {parameter.default!r}",
                 component=cls.__name__,
                 field=parameter.name,

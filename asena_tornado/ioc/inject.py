@@ -55,11 +55,11 @@ def component(
         raise ConfigurationError(f"@{kind} goes above a class, not {cls!r}")
     given: object = name  # whatever the annotation says
     if given is not None and not (isinstance(given, str) and given.strip()):
-        raise ConfigurationError(f"@{kind} on {cls.__name__}: a name is a non-empty string, not {name!r}")
+        raise ConfigurationError(f"@{kind} on {cls.__name__}: a name must be a non-empty string, not {name!r}")
     earlier = component_of(cls)
     if earlier is not None and earlier.kind != kind:
         raise ConfigurationError(
-            f"{cls.__name__} is already a @{earlier.kind} and cannot also be a @{kind}; keep one of the two"
+            f"{cls.__name__} is already a @{earlier.kind} and cannot also be a @{kind}: keep one of the two"
         )
     hooks = (*hooks, *_HOOKS)
     for hook in hooks:
@@ -73,18 +73,18 @@ def needs_self(cls: type[Any], name: str) -> None:
     """Raise `ConfigurationError` for a method that is written like a function."""
     method = inspect.getattr_static(cls, name, None)
     if inspect.isfunction(method) and not inspect.signature(method, follow_wrapped=False).parameters:
-        raise ConfigurationError(f"{cls.__name__}.{name} is a method: its first parameter is self")
+        raise ConfigurationError(f"{cls.__name__}.{name} is a method: its first parameter must be self")
 
 
 def listed(middlewares: Sequence[Any], decorator: str) -> tuple[Any, ...]:
     """What a decorator was given as ``middlewares``. Raises `ConfigurationError` for what cannot be any."""
     given: object = middlewares  # whatever the annotation says
     if not isinstance(given, list | tuple):
-        raise ConfigurationError(f"{decorator}: middlewares is a list, middlewares=[…], not {given!r}")
+        raise ConfigurationError(f"{decorator}: middlewares must be a list, middlewares=[…], not {given!r}")
     for each in given:
         if inspect.isroutine(each) or isinstance(each, functools.partial):
             raise ConfigurationError(
-                f"{decorator}: {getattr(each, '__name__', each)} is a function, and middleware is a class: "
+                f"{decorator}: {getattr(each, '__name__', each)} is a function, but middleware must be a class: "
                 "@Middleware() class Check: async def handle(self, context, next): …"
             )
     return tuple(given)
@@ -101,7 +101,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
         if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
             warnings.warn(
                 f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "
-                "(If it is a method of your own, another name avoids this warning, or one that begins with _)",
+                "(If it is a method of your own, give it another name, or one that begins with _)",
                 HookNameWarning,
                 stacklevel=_outside(),
             )
@@ -159,9 +159,19 @@ def Service(name: str | None = None) -> Callable[[C], C]: ...
 def Service(name: Any = None) -> Any:
     """Make a class a component: built once per server, without arguments, and injected where it is asked for.
 
-    Written ``@Service``, ``@Service()`` or ``@Service("Name")``; the name defaults to the class's.
-    The methods ``on_start`` and ``on_stop``, sync or async, are run if there are any, on the server's loop:
-    ``on_start`` once everything injected is there and has started, ``on_stop`` before any of that stops.
+        @Service
+        class Orders:
+            news: UlakNamespace = Inject(ulak("/orders"))
+
+    Its methods ``on_start`` and ``on_stop``, sync or async, are run on the server's loop, if there are any:
+    ``on_start`` when everything injected has started, ``on_stop`` before any of that stops.
+
+    Args:
+        name: What it is injected by, as in ``@Service("Orders")``; by default the class's name. ``@Service`` without
+            parentheses works, too.
+
+    Raises:
+        ConfigurationError: This is not above a class, or the class has another such decorator.
     """
     if isinstance(name, type):
         return component(name, kind="Service")
@@ -171,7 +181,7 @@ def Service(name: Any = None) -> Any:
 
 
 class Provider(Protocol):
-    """The container, as far as a `Reference` is concerned."""
+    """The container, as a `Reference` sees it."""
 
     @overload
     def get(self, target: type[T]) -> T: ...
@@ -184,7 +194,7 @@ class Provider(Protocol):
 
 @runtime_checkable
 class Reference(Protocol[T_co]):
-    """Something to inject that is looked up rather than built, like ``ulak("/path")``; it is no dependency.
+    """Something to inject that is looked up rather than built, like ``ulak("/path")``; it is not a dependency.
 
     ``resolve`` is called while the components are being built. It may ``get`` from the container what was
     provided to it, but no component, as nothing promises that one is built by then. To be overridden in
@@ -211,18 +221,21 @@ def Inject(target: str, select: Callable[[Any], R]) -> R: ...
 def Inject(target: Any, select: Callable[[Any], Any] | None = None) -> Any:
     """A field of a component that the server fills in: ``chat: ChatSocket = Inject(ChatSocket)``.
 
-    It is there from after ``__init__`` on, and so in ``on_start``. ``target`` is one of
+    The value is there after ``__init__``, and so in ``on_start``. A value may be assigned by hand, in a unit test for
+    instance; an instance that is passed to the server keeps it.
 
-    - a class: the component listed of that class, else the only one listed that derives from it, else, if the
-      class is a component, one that is built for the occasion: what is injected need not be listed;
-    - ``AsenaServer`` or ``Ulak``: the server that it runs in, and what sends to the server's namespaces;
-    - a component's name, which some listed or injected component must bear;
-    - a reference such as ``ulak("/path")``, which creates no dependency.
+    Args:
+        target: What to inject, one of:
 
-    ``select`` makes the value out of that: ``Inject(Ulak, lambda ulak: ulak.namespace("/chat"))``.
+            - a class: the component listed of that class, otherwise the only one listed that derives from it,
+                otherwise, if the class is a component, one that is built for this: what is injected need not be listed;
+            - ``AsenaServer`` or ``Ulak``: the server that the component runs in, and what sends to its namespaces;
+            - the name of a component that is listed, or injected by its class somewhere;
+            - a reference such as ``ulak("/path")``, which is not a dependency.
+        select: Makes the value from that: ``Inject(Ulak, lambda ulak: ulak.namespace("/chat"))``.
 
-    A value may be assigned by hand (in a unit test, for instance); an instance passed to the server keeps it.
-    Raises ``InjectionError`` for any other target. Reading the field before it was filled in raises it too.
+    Raises:
+        InjectionError: ``target`` is something else. Reading the field before it was filled in raises it, too.
     """
     return Injected(target, select)
 
@@ -243,7 +256,7 @@ class Injected:
                     f'Inject() takes a component class, a component\'s name or ulak("/path"), not {target!r}'
                 )
         if select is not None and not callable(select):
-            raise InjectionError(f"Inject({shown(target)}, …) selects with a function, not {select!r}")
+            raise InjectionError(f"Inject({shown(target)}, …) takes a function as its second argument, not {select!r}")
         self.target: Any = target
         self.select = select
         self._name = "?"

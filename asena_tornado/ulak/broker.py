@@ -28,8 +28,12 @@ _SHOWN_PATHS = 20
 class BulkOperation:
     """One operation of `Ulak.bulk_send`, which checks it.
 
-    ``type``: ``"broadcast"``; ``"room"``, which needs ``room``, one name or several (once to each socket);
-    ``"socket"``, which needs ``socket_id``.
+    Attributes:
+        type: ``"broadcast"``; ``"room"``, which needs ``room``; or ``"socket"``, which needs ``socket_id``.
+        namespace: The path of the namespace.
+        data: What to send.
+        room: One room, or several (once to each socket).
+        socket_id: The id of one socket.
     """
 
     type: Literal["broadcast", "room", "socket"]
@@ -40,7 +44,13 @@ class BulkOperation:
 
 
 class BulkOutcome(BaseModel):
-    """What became of one operation: ``ok``, how many sockets are ``addressed``, and its ``error`` or None."""
+    """What became of one operation of a `BulkResult`.
+
+    Attributes:
+        ok: Whether it was done.
+        addressed: How many local sockets it was sent to.
+        error: Why it was not done, or None.
+    """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -56,7 +66,14 @@ class BulkOutcome(BaseModel):
 
 
 class BulkResult(BaseModel):
-    """What became of a bulk: ``total``, ``succeeded``, ``failed``, and ``results`` in the order of the operations."""
+    """What became of the operations of `Ulak.bulk_send`; pydantic writes it as JSON.
+
+    Attributes:
+        total: How many operations there were.
+        succeeded: How many were done.
+        failed: How many were not.
+        results: A `BulkOutcome` each, in the order of the operations.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,13 +88,19 @@ class BulkResult(BaseModel):
 
 
 class Ulak:
-    """Sends to the namespaces of a server by their path: ``server.ulak``, or ``ulak: Ulak = Inject(Ulak)``.
+    """Sends to the namespaces of a server by their paths: ``server.ulak``, or ``ulak: Ulak = Inject(Ulak)``.
 
     The sending calls can be awaited on any loop: the server's, a notebook's, another thread's. They return how many
-    local sockets are addressed; where there are other nodes as an `Addressed`, whose ``carried`` tells whether those
-    get it too. What goes wrong is an `UlakError`: its ``code`` says what, its ``__cause__`` why.
-    All of them raise NAMESPACE_NOT_FOUND, INVALID_NAMESPACE (for what is no path), INVALID_MESSAGE (data that cannot
-    be encoded, no proper room) and SERVICE_NOT_INITIALIZED (the server does not run, or after `dispose`).
+    local sockets are addressed; where the server has a transport it is an `Addressed`, whose ``carried`` tells whether
+    the other nodes get it, too.
+
+    What goes wrong is an `UlakError`. Its ``code`` says what, its ``__cause__`` why. All sending calls raise these
+    codes:
+
+    - NAMESPACE_NOT_FOUND: there is no namespace with this path.
+    - INVALID_NAMESPACE: the path is not valid.
+    - INVALID_MESSAGE: the data cannot be encoded, or the room's name is not valid.
+    - SERVICE_NOT_INITIALIZED: the server does not run, or `dispose` was called.
     """
 
     def __init__(self) -> None:
@@ -89,30 +112,69 @@ class Ulak:
     # -- sending
 
     async def broadcast(self, namespace: str, data: object) -> int:
-        """Send to everybody in the namespace. Raises BROADCAST_FAILED when the delivery itself fails."""
+        """Send to everybody in the namespace.
+
+        Args:
+            namespace: Its path.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Returns:
+            How many local sockets are addressed.
+
+        Raises:
+            UlakError: As for every call, and BROADCAST_FAILED when the delivery itself fails.
+        """
         return await self._run(self._broadcast(namespace, data))
 
     async def to(self, namespace: str, room: str | Iterable[str], data: object) -> int:
-        """Send to everybody in the room, or in any of several rooms, once each.
+        """Send to everybody in a room, or once to everybody in any of several rooms.
 
-        Raises SEND_FAILED when the delivery itself fails.
+        Args:
+            namespace: The path of the rooms' namespace.
+            room: The room's name, or several names.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Returns:
+            How many local sockets are addressed.
+
+        Raises:
+            UlakError: As for every call, and SEND_FAILED when the delivery itself fails.
         """
         return await self._run(self._to(namespace, room, data))
 
     async def to_many(self, namespace: str, rooms: Iterable[str], data: object) -> int:
-        """Send to everybody in any of the rooms, once each; at least one room has to be given."""
+        """Send once to everybody in any of the rooms, of which there is at least one; otherwise like `to`."""
         return await self._run(self._to(namespace, rooms, data))
 
     async def to_socket(self, namespace: str, socket_id: str, data: object) -> int:
-        """Send to one socket, on whichever node it is; returns 1.
+        """Send to one socket, on whichever node it is.
 
-        Raises SOCKET_NOT_FOUND when none has the id, SEND_FAILED when too much waits for its client already, or
-        when the other nodes, which may have it, cannot be asked.
+        Args:
+            namespace: The path of the socket's namespace.
+            socket_id: The whole id.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Returns:
+            1.
+
+        Raises:
+            UlakError: As for every call; SOCKET_NOT_FOUND when no socket has the id; SEND_FAILED when too much waits
+                for its client already, or when the other nodes, which may have it, cannot be asked.
         """
         return await self._run(self._to_socket(namespace, socket_id, data))
 
     async def broadcast_all(self, data: object) -> int:
-        """Send to everybody in every namespace. All are tried before BROADCAST_FAILED is raised."""
+        """Send to everybody in every namespace.
+
+        Args:
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Returns:
+            How many local sockets are addressed.
+
+        Raises:
+            UlakError: As for every call, and BROADCAST_FAILED after all namespaces have been tried.
+        """
         self._check_running()
         message = _encode(data)
         deliveries = [self._broadcast(path, message) for path in self._namespaces]
@@ -123,10 +185,17 @@ class Ulak:
         return sum(outcome.addressed for outcome in outcomes)
 
     async def bulk_send(self, operations: Iterable[BulkOperation | Mapping[str, Any]]) -> BulkResult:
-        """Do several operations in order; each a `BulkOperation` or a mapping with its fields.
+        """Do several operations in order; what is wrong with one does not keep the others from being done.
 
-        What is wrong with one is reported in its place and does not keep the others from being done. Raises only
-        when none can be: SERVICE_NOT_INITIALIZED, and INVALID_MESSAGE for a single operation instead of a list.
+        Args:
+            operations: A `BulkOperation` each, or mappings with its fields.
+
+        Returns:
+            What became of each, in the same order.
+
+        Raises:
+            UlakError: When nothing can be done: SERVICE_NOT_INITIALIZED, or INVALID_MESSAGE for a single operation in
+                place of a list.
         """
         self._check_running()
         if isinstance(operations, BulkOperation | Mapping):
@@ -145,26 +214,39 @@ class Ulak:
     # -- namespaces
 
     def namespace(self, path: str) -> UlakNamespace:
-        """The same calls for one namespace, which has to exist only when they are used.
+        """Return the same calls for one namespace, which has to exist only when they are used.
 
-        Raises INVALID_NAMESPACE for what is no path.
+        Raises:
+            UlakError: INVALID_NAMESPACE when the path is not valid.
         """
         return UlakNamespace(self, path)
 
     def get_namespaces(self) -> list[str]:
-        """The paths of all namespaces."""
+        """Return the paths of all namespaces."""
         return list(self._namespaces)
 
     def has_namespace(self, path: str) -> bool:
-        """Whether there is a namespace with this path. Raises INVALID_NAMESPACE for what is no path."""
+        """Return whether there is a namespace with this path.
+
+        Raises:
+            UlakError: INVALID_NAMESPACE when the path is not valid.
+        """
         return _valid(path) in self._namespaces
 
     def get_socket_count(self, path: str) -> int:
-        """How many local sockets are connected to the namespace."""
+        """Return how many local sockets are connected to the namespace.
+
+        Raises:
+            UlakError: There is no such namespace, or the server does not run.
+        """
         return len(self._find(path).sockets)
 
     async def count_sockets(self, path: str) -> int:
-        """How many sockets are connected to the namespace, on all nodes that answer within two seconds."""
+        """Return how many sockets are connected to the namespace, on all nodes that answer within two seconds.
+
+        Raises:
+            UlakError: There is no such namespace, or the server does not run.
+        """
         namespace = self._find(path)
 
         async def count() -> int:
@@ -174,10 +256,14 @@ class Ulak:
         return await self._run(_Delivery(namespace.path, UlakErrorCode.SEND_FAILED, count))
 
     def register_namespace(self, namespace: Namespace) -> None:
-        """Make the namespace reachable, as the server does. Raises NAMESPACE_ALREADY_EXISTS for another on its path."""
+        """Make the namespace reachable, as the server does.
+
+        Raises:
+            UlakError: NAMESPACE_ALREADY_EXISTS when another one has its path.
+        """
         if self._namespaces.setdefault(namespace.path, namespace) is not namespace:
             raise UlakError(
-                f"there is another namespace {namespace.path!r} already: call unregister_namespace() with it first",
+                f"another namespace is registered as {namespace.path!r}: call unregister_namespace() with it first",
                 code=UlakErrorCode.NAMESPACE_ALREADY_EXISTS,
                 namespace=namespace.path,
             )
@@ -187,7 +273,7 @@ class Ulak:
         del self._namespaces[self._find(path).path]
 
     def dispose(self) -> None:
-        """Let go of all namespaces for good. From here on every call that needs one raises SERVICE_NOT_INITIALIZED."""
+        """Let go of all namespaces for good. From then on, calls that need one raise SERVICE_NOT_INITIALIZED."""
         self.close("this Ulak is disposed")
         self._disposed = True
 
@@ -199,7 +285,7 @@ class Ulak:
                 self.register_namespace(namespace)
 
     def close(self, reason: str) -> None:
-        """Let go of all namespaces; whoever sends from here on is told the reason. Called by the server."""
+        """Let go of all namespaces; from here on, sending raises the reason. Called by the server."""
         self._door = None
         self._namespaces.clear()
         if not self._disposed:
@@ -223,7 +309,7 @@ class Ulak:
             raise UlakError(str(error), code=UlakErrorCode.INVALID_MESSAGE, namespace=namespace.path) from error
         if not names:
             raise UlakError(
-                "there is no room to send to: the list of rooms is empty; broadcast() reaches everybody",
+                "the list of rooms is empty: name a room, or use broadcast() to reach everybody",
                 code=UlakErrorCode.INVALID_MESSAGE,
                 namespace=namespace.path,
             )
@@ -244,14 +330,14 @@ class Ulak:
                 taken = None
             if taken is None:
                 raise UlakError(
-                    f"no socket of {namespace.path!r} has the id {socket_id!r}; is it connected still?",
+                    f"no socket of {namespace.path!r} has the id {socket_id!r}: it may have disconnected",
                     code=UlakErrorCode.SOCKET_NOT_FOUND,
                     namespace=namespace.path,
                 )
             if not taken:
                 raise UlakError(
-                    f"{socket or socket_id} did not take the message: its client reads too slowly, and all that may "
-                    "wait for it waits already (see WebSocketOptions.max_buffered_bytes)",
+                    f"{socket or socket_id} did not take the message: its client reads too slowly, and as much as "
+                    "may wait for it is waiting already (see WebSocketOptions.max_buffered_bytes)",
                     code=UlakErrorCode.SEND_FAILED,
                     namespace=namespace.path,
                 )
@@ -271,7 +357,7 @@ class Ulak:
         raise UlakError(
             f"an operation of type {operation.type!r} needs {needed}"
             if needed
-            else f"{operation.type!r} is no type of operation; there are 'broadcast', 'room' and 'socket'",
+            else f"{operation.type!r} is not a type of operation: use 'broadcast', 'room' or 'socket'",
             code=UlakErrorCode.INVALID_MESSAGE,
             namespace=operation.namespace,
         )
@@ -328,11 +414,11 @@ class UlakNamespace:
         return await self._ulak.to_socket(self.path, socket_id, data)
 
     def get_socket_count(self) -> int:
-        """How many local sockets are connected."""
+        """Return how many local sockets are connected."""
         return self._ulak.get_socket_count(self.path)
 
     async def count_sockets(self) -> int:
-        """How many sockets are connected, on all nodes; see `Ulak.count_sockets`."""
+        """Return how many sockets are connected, on all nodes; see `Ulak.count_sockets`."""
         return await self._ulak.count_sockets(self.path)
 
     def __repr__(self) -> str:
@@ -340,9 +426,13 @@ class UlakNamespace:
 
 
 def ulak(path: str) -> Reference[UlakNamespace]:
-    """What to inject for a namespace, without depending on its service: ``Inject(ulak("/chat"))``.
+    """Name a namespace to inject, without depending on its service: ``chat: UlakNamespace = Inject(ulak("/chat"))``.
 
-    Raises INVALID_NAMESPACE for what is no path. Whether there is such a namespace matters when it is used.
+    Args:
+        path: The path. Whether there is such a namespace matters only when it is used.
+
+    Raises:
+        UlakError: INVALID_NAMESPACE when the path is not valid.
     """
     return _NamespaceReference(_valid(path))
 
@@ -396,13 +486,13 @@ def _operation(given: object) -> BulkOperation:
     if isinstance(given, BulkOperation):
         return given
     if not isinstance(given, Mapping):
-        what = f"a bulk operation is a BulkOperation or a mapping with its fields, not {type(given).__name__}"
+        what = f"a bulk operation must be a BulkOperation or a mapping with its fields, not {type(given).__name__}"
         raise UlakError(what, code=UlakErrorCode.INVALID_MESSAGE)
     try:
         return BulkOperation(**{"namespace": None, **given})
     except TypeError as error:
         what = str(error).removeprefix("BulkOperation.__init__() ")
-        raise UlakError(f"no bulk operation: {what}", code=UlakErrorCode.INVALID_MESSAGE) from error
+        raise UlakError(f"not a valid bulk operation: {what}", code=UlakErrorCode.INVALID_MESSAGE) from error
 
 
 def _valid(path: object) -> str:

@@ -55,9 +55,19 @@ class ControllerSpec:
 def Controller(path: str = "/", *, name: str | None = None, middlewares: Sequence[Any] = ()) -> Callable[[C], C]:
     """Make a class a component whose methods answer HTTP requests below ``path``.
 
-    ``name``: what it is injected by, by default the class's name. ``middlewares``: classes or instances, run in
-    order before each of its methods. The methods bear `Get`, `Post`, `Put`, `Patch` or `Delete`.
-    Raises `ConfigurationError` for a path or class that cannot work.
+        @Controller("/api/orders")
+        class Orders:
+            @Get("/{customer}")
+            def of(self, context: Context):
+                return {"customer": context.params["customer"]}
+
+    Args:
+        path: What the paths of its methods begin with.
+        name: What it is injected by; by default the class's name.
+        middlewares: Classes or instances with ``handle(self, context, next)``, run in order before each of its methods.
+
+    Raises:
+        ConfigurationError: The path, the class or one of its methods cannot work.
     """
     _segments(path, "@Controller")
     chain = listed(middlewares, f"@Controller({path!r})")
@@ -93,11 +103,17 @@ def _verb(method: str) -> _Verb:
         return decorate
 
     decorator.__name__ = decorator.__qualname__ = method.capitalize()
-    decorator.__doc__ = f"""Let a controller's method answer {method} below the controller's path.
+    decorator.__doc__ = f"""Let a controller's method answer {method} requests.
 
-    In ``path``, ``{{name}}`` stands for one part of it: ``"/users/{{id}}"``, found in ``context.params["id"]``.
-    ``middlewares``: classes or instances, run after the controller's. The method, sync or async, takes the
-    `Context` and returns what `Context.send` takes, or a `Response`.
+    The method, sync or async, takes the `Context` and returns a `Response`, or what `Context.send` takes.
+
+    Args:
+        path: What follows the controller's path. ``{{name}}`` stands for one part of it, which is then in
+            ``context.params``: ``"/users/{{id}}"``.
+        middlewares: Classes or instances with ``handle(self, context, next)``, run after the controller's.
+
+    Raises:
+        ConfigurationError: The path or the middleware cannot work.
     """
     return decorator
 
@@ -118,13 +134,15 @@ def _segments(path: object, decorator: str) -> tuple[str, ...]:
     for segment in segments:
         parameter = segment.startswith("{") and segment.endswith("}")
         if segment.startswith(":"):
-            wrong = f"a parameter is spelled {{{segment[1:]}}} here"
+            wrong = f"write the parameter as {{{segment[1:]}}}"
         elif parameter and not segment[1:-1].isidentifier():
-            wrong = f"{segment[1:-1]!r} is no name for a parameter"
+            wrong = f"{segment[1:-1]!r} is not a valid name for a parameter"
         elif not parameter and any(c in "{}?#" for c in segment):
-            wrong = "a parameter is one whole part of the path, as in '/users/{id}'; no '?' or '#' belong there"
+            wrong = (
+                "a parameter must be one whole part of the path, as in '/users/{id}', and '?' and '#' are not allowed"
+            )
         elif not segment:
-            wrong = "there is nothing between two of its slashes"
+            wrong = "it has two slashes in a row"
         else:
             continue
         raise ConfigurationError(f"{decorator}({path!r}): {wrong}")
@@ -211,7 +229,7 @@ class Controllers(Matcher):
             segments = _segments(path, f"{cls.__name__}.{name}")
             parameters = [s for s in segments if s[0] == "{"]
             if len(set(parameters)) < len(parameters):
-                raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have one name")
+                raise ConfigurationError(f"{cls.__name__}.{name}: two parameters of {path!r} have the same name")
             label = f"{mark.method} {path} ({cls.__name__}.{name})"
             chain = Chain(instances((*spec.middlewares, *mark.middlewares)), label)
             route = _Route(mark.method, segments, _handler(getattr(controller, name), label), chain, label)
@@ -273,7 +291,7 @@ class Controllers(Matcher):
             return self._options(request, methods)
         route = methods.get(request.method or "")
         if route is None:
-            raise Refusal(405, f"{request.method} is not possible here", headers={"Allow": _allow(methods)})
+            raise Refusal(405, f"{request.method} is not allowed here", headers={"Allow": _allow(methods)})
         if request.method not in _SAFE_METHODS:
             self._origins.check(request, route.label)
         await self._ready()
@@ -313,7 +331,7 @@ class Controllers(Matcher):
             wait = max(0.0, deadline - asyncio.get_running_loop().time())
             _, late = await asyncio.wait(tuple(self._requests), timeout=wait)
             for task in late:
-                log.warning("a request that did not end in time is cancelled")
+                log.warning("a request that did not finish in time is cancelled")
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=1)
@@ -335,7 +353,7 @@ def _shape(route: _Route) -> list[str]:
 
 
 def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]:
-    """The method as something to call with the context, which it may do without."""
+    """The method as a function of the context, which the method may leave out."""
     signature = inspect.signature(method)
     for takes, handler in (((None,), method), ((), lambda _: method())):
         try:
@@ -343,7 +361,7 @@ def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]
         except TypeError:
             continue
         return handler
-    raise ConfigurationError(f"{label} takes the context and nothing else; path parameters are in context.params")
+    raise ConfigurationError(f"{label} must take the context and nothing else: path parameters are in context.params")
 
 
 @stream_request_body

@@ -28,7 +28,10 @@ _UNSET: Any = object()
 class Response:
     """What goes to the client; made by `Context.send` and `Context.json`.
 
-    ``status``; ``body`` (bytes); ``headers``, to which middleware may add: ``response.headers["X-Id"] = "1"``.
+    Attributes:
+        status: The HTTP status, 200 to 599.
+        body: The body, as bytes.
+        headers: The headers. Middleware may add to them: ``response.headers["X-Id"] = "1"``.
     """
 
     __slots__ = ("body", "headers", "status")
@@ -37,9 +40,9 @@ class Response:
         self, status: int, body: bytes, headers: Mapping[str, object] | None = None, *, content_type: str | None = None
     ) -> None:
         if not 200 <= status <= 599:
-            raise ValueError(f"the status of a response is between 200 and 599, not {status!r}")
+            raise ValueError(f"the status of a response must be between 200 and 599, not {status!r}")
         if status in (204, 304) and content_type is not None:
-            raise ValueError(f"a response with status {status} has no body")
+            raise ValueError(f"a response with status {status} must not have a body")
         self.status = status
         self.body = body
         self.headers = HTTPHeaders()
@@ -81,10 +84,12 @@ class Refusal(Answered):
 
 
 class Context:
-    """One HTTP request (a handshake, or a call of a controller), as middleware and controllers see it.
+    """One HTTP request, as middleware and controllers see it: a handshake, or a call of a controller.
 
-    ``req``: Tornado's request. ``params``: the parameters of a controller's path. ``state``: a dict that
-    middleware and handler share.
+    Attributes:
+        req: Tornado's ``HTTPServerRequest``.
+        params: The parameters of a controller's path, by their names.
+        state: A dict that middleware and handler share.
     """
 
     __slots__ = ("_query", "_websocket_value", "params", "req", "state")
@@ -104,7 +109,7 @@ class Context:
 
     @property
     def headers(self) -> HTTPHeaders:
-        """The request's headers; names in any case."""
+        """The request's headers; upper and lower case in their names are the same."""
         return self.req.headers
 
     @property
@@ -121,20 +126,41 @@ class Context:
         return token.strip() or None if scheme.lower() == "bearer" else None
 
     def send(self, body: object = None, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
-        """A response, to be returned: str as plain text, bytes as they are, None as nothing (204), else JSON.
+        """Make a response, to be returned.
 
-        A ``Content-Type`` among the headers says it otherwise. Raises `EncodeError` and ``ValueError`` for what
-        cannot be sent.
+        Args:
+            body: ``str`` goes out as plain text, bytes as they are, None as no body (with status 204), anything else as
+                JSON.
+            status: The HTTP status.
+            headers: Headers to add; a ``Content-Type`` among them replaces the one for the type of ``body``.
+
+        Raises:
+            EncodeError: ``body`` cannot be written as JSON.
+            ValueError: The status is out of range, or does not allow this body.
         """
         return make_response(body, status, headers)
 
     def json(self, body: object, status: int = 200, *, headers: Mapping[str, object] | None = None) -> Response:
-        """A response, to be returned, that is JSON whatever the type of ``body``."""
+        """Make a response, to be returned, that is JSON whatever the type of ``body``.
+
+        Args:
+            body: A string becomes a JSON string here; otherwise what `send` takes.
+            status: The HTTP status.
+            headers: Headers to add.
+
+        Raises:
+            EncodeError: ``body`` cannot be written as JSON.
+            ValueError: The status is out of range, or does not allow a body.
+        """
         payload = to_json(body) if isinstance(body, str | bytes) else encode(body).payload
         return Response(status, payload, headers, content_type=JSON)
 
     def set_websocket_value(self, value: object) -> None:
-        """Let this be ``ws.data.values``, instead of the query string; None included. The last call counts."""
+        """Make this ``ws.data.values``, in place of the query string, from which nothing is taken then.
+
+        Args:
+            value: Anything that fits the service's type, None included. The last call counts.
+        """
         self._websocket_value = value
 
     def websocket_value(self, default: T) -> tuple[Any, bool]:
@@ -147,10 +173,17 @@ class Context:
     @overload
     async def get_body(self, model: type[T]) -> T: ...
     async def get_body(self, model: Any = None) -> Any:
-        """The body, parsed as JSON: as a ``model`` (anything that pydantic can validate), or as it is.
+        """Return the request's body, parsed as JSON.
 
-        What is no JSON, or missing, is answered with 400; what ``model`` does not accept with 422 and pydantic's
-        errors, bounded as those of `InvalidMessageError` are. The bytes are ``context.req.body``.
+        A body that is missing or not JSON is answered with 400. One that ``model`` does not accept is answered with 422
+        and pydantic's errors, limited as those of `InvalidMessageError` are. The bytes themselves are
+        ``context.req.body``.
+
+        Args:
+            model: Anything that pydantic can validate. None takes the JSON as it is.
+
+        Returns:
+            The body as a ``model``, or as Python's dicts, lists, strings and numbers.
         """
         body = self.req.body or b""
         if not body.strip():
@@ -204,7 +237,7 @@ async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class DiscreetHandler(RequestHandler):
-    """A handler of whose requests Tornado logs no query string, in ``tornado.access`` or elsewhere.
+    """A handler that keeps query strings out of what Tornado logs, in ``tornado.access`` or elsewhere.
 
     There may be a token in it.
     """

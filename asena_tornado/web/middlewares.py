@@ -18,11 +18,9 @@ from .http import Context, Response
 
 @Middleware()
 class RateLimit(MiddlewareService):
-    """At most ``limit`` handshakes (or requests) in ``per`` seconds from one client; more get 429 and ``Retry-After``.
+    """Limits how many handshakes (or requests) a client makes; more are answered with 429 and ``Retry-After``.
 
-    They may come at once; after that, one more is free every ``per / limit`` seconds. ``key``: what tells clients
-    apart, given the context; by default the address, of which IPv6 clients have a whole /64. ``max_clients``: how
-    many are remembered, those seen last. One instance in several places counts for all of them together.
+    One instance in several places counts for all of them together.
     """
 
     def __init__(
@@ -33,6 +31,20 @@ class RateLimit(MiddlewareService):
         key: Callable[[Context], str] | None = None,
         max_clients: int = 10_000,
     ) -> None:
+        """Allow ``limit`` in ``per`` seconds.
+
+        They may come all at once; after that, one more is allowed every ``per / limit`` seconds.
+
+        Args:
+            limit: How many.
+            per: Seconds.
+            key: Tells clients apart, given the `Context`. By default it is the address; of IPv6 addresses, the /64
+                network.
+            max_clients: How many clients are remembered, those seen last.
+
+        Raises:
+            ConfigurationError: A number is too small.
+        """
         if limit < 1 or per <= 0 or max_clients < 1:
             raise ConfigurationError("RateLimit needs a limit and max_clients of at least 1, and per > 0")
         self._interval = per / limit
@@ -47,7 +59,7 @@ class RateLimit(MiddlewareService):
         key, now = self._key(context), self._clock()
         free_at = max(self._free_at.get(key, now), now)
         wait = free_at - now - self._burst
-        if wait > self._interval / 1000:  # rounding is no excess
+        if wait > self._interval / 1000:  # a rounding error does not count
             return context.send({"error": "too many requests"}, 429, headers={"Retry-After": math.ceil(wait)})
         self._free_at[key] = free_at + self._interval
         self._free_at.move_to_end(key)
@@ -69,15 +81,23 @@ def _client_address(context: Context) -> str:
 
 @Middleware()
 class TokenAuth(MiddlewareService):
-    """Lets only those pass who bring a token that ``verify`` knows; others get 401 and ``WWW-Authenticate``.
+    """Lets only those pass who bring a valid token; others are answered with 401 and ``WWW-Authenticate``.
 
-    ``verify(token)``, sync or async, returns what becomes ``ws.data.values`` (and ``context.state["user"]``, for
-    controllers), or None for a token that is not valid. The token comes from ``Authorization: Bearer …``, or else
-    from the query string, as browsers cannot set a header of a handshake; ``query_parameter`` is its name there, or
-    None for headers only.
+    The token comes from the header ``Authorization: Bearer …``, or else from the query string, as browsers cannot set
+    headers of a handshake.
     """
 
     def __init__(self, verify: Callable[[str], Any], *, query_parameter: str | None = "token") -> None:
+        """Check tokens with ``verify``.
+
+        Args:
+            verify: Called with the token, sync or async. It returns what becomes ``ws.data.values`` (and
+                ``context.state["user"]``, for controllers), or None for a token that is not valid.
+            query_parameter: The name of the token in the query string; None takes it from the header only.
+
+        Raises:
+            ConfigurationError: ``verify`` is not callable.
+        """
         if not callable(verify):
             raise ConfigurationError(f"TokenAuth takes a function that verifies a token, not {verify!r}")
         self._verify = verify
@@ -107,11 +127,16 @@ def _unauthorized(context: Context, message: str, challenge: str) -> Response:
 class RequestLog(MiddlewareService):
     """Logs each handshake or request when it is answered: method, path, status, time, address.
 
-    The query string is left out, since there may be a token in it. ``logger``: by default
-    ``asena_tornado.requests``.
+    The query string is left out, since there may be a token in it.
     """
 
     def __init__(self, logger: logging.Logger | None = None, *, level: int = logging.INFO) -> None:
+        """Log to a logger.
+
+        Args:
+            logger: Where to; by default ``asena_tornado.requests``.
+            level: The level of the lines.
+        """
         self._log = logger or logging.getLogger("asena_tornado.requests")
         self._level = level
 

@@ -54,14 +54,22 @@ _numbers = itertools.count(1)
 class Event(NamedTuple):
     """One thing that happened.
 
-    ``kind``: "connected", "closed", "joined", "left", "received" (a message from a client), "sent" (a message to
-    ``sockets`` clients), "refused" (a handshake), "error" (of a handler, or a message it cannot take), "dropped"
-    (a client got too slow for its messages), "replaced" (new code took over), "gap" (messages of another node got
-    lost), "away" and "back" (the other nodes cannot be reached, and can again).
-    ``socket``: an id, or None when it is about no single one. ``rooms``: those concerned; of a closed socket, those
-    it was in; of very many, those that come first, and ``detail`` says how many more there were. ``code``: of the
-    close, or the HTTP status of a refusal. ``size``: bytes of the message.
-    ``detail``: a reason, an error, or the beginning of the message.
+    Attributes:
+        number: Where it comes in the order of all events of the process.
+        time: When, in seconds since the epoch; see ``at``.
+        kind: ``"connected"``, ``"closed"``, ``"joined"``, ``"left"``, ``"received"`` (a message from a client),
+            ``"sent"`` (a message to ``sockets`` clients), ``"refused"`` (a handshake), ``"error"`` (of a handler, or a
+            message it cannot take), ``"dropped"`` (a client became too slow for its messages), ``"replaced"`` (new code
+            took over), ``"gap"`` (messages of another node got lost), ``"away"`` and ``"back"`` (the other nodes cannot
+            be reached, and can again).
+        namespace: The path of the namespace.
+        socket: The id of the socket, or None when it is not about a single one.
+        rooms: The rooms concerned; of a closed socket, those it was in. Of very many, the first ones, and ``detail``
+            says how many more there were.
+        code: The code of the close, or the HTTP status of the refusal.
+        size: Bytes of the message.
+        sockets: How many sockets a message was sent to.
+        detail: A reason, an error, or the beginning of the message.
     """
 
     number: int
@@ -106,7 +114,16 @@ class Event(NamedTuple):
 
 
 class HandlerError(NamedTuple):
-    """What a hook raised. ``where``: the hook, as in ``"ChatSocket.on_message"``; ``error``: one line."""
+    """What a hook raised; ``print`` shows the traceback.
+
+    Attributes:
+        at: When.
+        namespace: The path of the namespace.
+        socket: The id of the socket.
+        where: The hook, such as ``"ChatSocket.on_message"``.
+        error: The error, in one line.
+        traceback: The traceback, of which at most the last 8,000 characters.
+    """
 
     at: datetime
     namespace: str
@@ -186,7 +203,7 @@ class EventLog:
     def __init__(
         self, path: str, *, limit: int = 1000, watched_changed: Callable[[bool], None] = lambda watched: None
     ) -> None:
-        """``watched_changed`` is told when somebody begins to look, and when nobody does any more; on any thread."""
+        """``watched_changed`` is called when the first begins to look and when the last ends; on any thread."""
         self._path = path
         self._watched_changed = watched_changed
         # Apart, so that traffic does not push out the last error.
@@ -424,7 +441,7 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 def _first(rooms: Collection[str]) -> tuple[tuple[str, ...], str]:
-    """Those that are kept, and what to say of the others."""
+    """Those that are kept, and a text about the others."""
     if len(rooms) * _STRING_SIZE <= _MAX_ROOM_BYTES and sum(map(len, rooms)) <= _MAX_ROOM_BYTES // 2:
         return tuple(rooms), ""
     size = 0

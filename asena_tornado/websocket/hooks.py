@@ -128,7 +128,7 @@ def _holds_several(annotation: Any) -> bool:
 
 
 def _hook(service: Any, defaults: type, name: str, offered: int) -> Callable[..., Any] | None:
-    """The hook as something to call with all that is offered; None when it is the base class's own."""
+    """The hook as a function of all arguments that are offered; None when it is the base class's own."""
     method = getattr(service, name)
     if getattr(method, "__func__", None) is getattr(defaults, name):
         return None
@@ -140,7 +140,7 @@ def _hook(service: Any, defaults: type, name: str, offered: int) -> Callable[...
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if needed > offered or keywords:
         raise ConfigurationError(
-            f"{type(service).__name__}.{name} asks for more than the {offered} argument(s) it is offered"
+            f"{type(service).__name__}.{name} takes more than the {offered} argument(s) it is called with"
         )
     taken = min(len(positional), offered)
     if taken == offered:

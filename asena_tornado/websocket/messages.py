@@ -24,8 +24,8 @@ TEXT = 0x1
 BINARY = 0x2
 FIN = 0x80
 
-# Of what is wrong with one message or request, this much is told. Each error costs hundreds of bytes, and a wrong value
-# costs its sender two or three.
+# The most errors that are listed for one message or request. Each takes hundreds of bytes, and a wrong value costs its
+# sender two or three.
 MAX_ERRORS = 100
 _MAX_TEXT = 500  # characters of an error's message
 _MAX_KEY = 100  # characters of a key in an error's location, of which there are at most as many as:
@@ -46,9 +46,9 @@ def valid_close_code(code: int) -> bool:
 def check_close(code: int, reason: str) -> None:
     """Raise ``ValueError`` for a code or a reason that a close frame cannot have."""
     if not valid_close_code(code):
-        raise ValueError(f"{code} is not a valid close code; use 1000 or one from 3000 to 4999")
+        raise ValueError(f"{code} is not a valid close code: use 1000, or one from 3000 to 4999")
     if len(reason.encode()) > 123:
-        raise ValueError("the reason of a close frame has at most 123 bytes as UTF-8")
+        raise ValueError("the reason of a close frame must be at most 123 bytes as UTF-8")
 
 
 def frame(opcode: int, payload: bytes, *, rsv1: bool = False) -> bytes:
@@ -71,12 +71,12 @@ class Message:
         self.opcode = opcode
         self.payload = payload
         self.frame = frame(opcode, payload)
-        # Frames of the same message in another encoding, kept by whoever makes them (compression).
+        # Frames of the same message in another encoding, kept by the code that makes them (compression).
         self.variants: dict[object, bytes] | None = None
 
 
 def encode(data: object) -> Message:
-    """The message for ``data``; raises `EncodeError` on the caller's line if there is none."""
+    """The message for ``data``; raises `EncodeError` on the caller's line if it cannot be encoded."""
     if type(data) is Message:
         return data
     if isinstance(data, str):
@@ -99,10 +99,10 @@ def encode(data: object) -> Message:
 
 
 def _plain(value: Any) -> Any:
-    """What pydantic does not know: arrays and scalars of numpy and its kin, as a notebook is full of them."""
+    """What pydantic does not know: arrays and scalars of numpy and similar libraries."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is nothing that JSON knows")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 class Decoder:
@@ -204,7 +204,7 @@ class Validator:
     def _hasty(self) -> SchemaValidator | TypeAdapter[Any]:
         """The same, but each list, set, tuple and dict ends at its first error."""
         schema = _failing_fast(self._adapter.core_schema)
-        # Else it takes models as pydantic has built them already, whose lists go on. It does so from 2.11 up to 2.12.
+        # Otherwise it takes models as pydantic has already built them, without the limit. That is so in 2.11 and 2.12.
         fresh: dict[str, Any] = (
             {"_use_prebuilt": False} if "_use_prebuilt" in (SchemaValidator.__text_signature__ or "") else {}
         )
@@ -250,7 +250,7 @@ _COLLECTIONS = frozenset(("list", "set", "frozenset", "tuple", "dict", "deque", 
 
 
 def _failing_fast(schema: Any) -> Any:
-    """A copy of a core schema whose collections stop at their first error; older pydantics do so but for dicts."""
+    """A copy of a core schema whose collections stop at their first error. (Older pydantics do not for dicts.)"""
     if isinstance(schema, list | tuple):
         return type(schema)(map(_failing_fast, schema))
     if not isinstance(schema, Mapping):
@@ -275,7 +275,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare(annotation: Any) -> Any:
-    """The type itself, without what is noted beside it and by whatever name it goes."""
+    """The type itself, without annotations and behind any alias."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
@@ -309,7 +309,7 @@ def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[
         ]
     left = count - len(errors)
     if not errors:
-        more = f"{count} errors, too many to name any"
+        more = f"{count} errors, too many to list"
     elif left and not more:
         more = f"{left} more error{'' if left == 1 else 's'}"
     if more:

@@ -68,9 +68,9 @@ class Link(Protocol):
 
 
 class NamespaceObserver(Protocol):
-    """Who is told what happens in a namespace: see `Namespace.observe`.
+    """What gets told what happens in a namespace: see `Namespace.observe`.
 
-    A subclass need not define what it does not care for. All calls come on the server's loop, in the order in which
+    A subclass need not define the methods it does not need. All calls come on the server's loop, in the order in which
     things happen. They must neither wait nor raise.
     """
 
@@ -79,7 +79,7 @@ class NamespaceObserver(Protocol):
         return None
 
     def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
-        """The socket is addressed no more. It has yet to leave its ``rooms``; `left` tells of each."""
+        """The socket is no longer addressed. It still has to leave its ``rooms``; `left` is called for each."""
         return None
 
     def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
@@ -97,13 +97,17 @@ class NamespaceObserver(Protocol):
 
 
 class Addressed(int):
-    """How many local sockets are addressed. ``carried``: whether the transport took it for the other nodes."""
+    """How many local sockets are addressed: a number, from a server with a transport.
+
+    Attributes:
+        carried: Whether the transport took the message for the other nodes.
+    """
 
     carried = True
 
 
 class AddressedHere(Addressed):
-    """The same, when the other nodes do not get it: Redis is away, or too slow."""
+    """How many local sockets are addressed, when the other nodes do not get it: Redis is away, or too slow."""
 
     carried = False
 
@@ -115,14 +119,14 @@ def normalize_path(path: object) -> str:
     path = "/" + path.strip().strip("/")
     if any(c in path for c in "?#{}") or quote(path, safe="/:@!$&'()*+,;=~-._%") != path:
         raise ConfigurationError(
-            f"{path!r} cannot be a namespace: only what a URL's path may hold, without parameters; "
+            f"{path!r} cannot be a namespace: use what a URL's path may contain, without parameters; "
             "what differs per client belongs in the query string"
         )
     return path
 
 
 class SocketsView(Mapping[str, Socket[Any]]):
-    """A live, read-only mapping of id to socket. Iterating goes over those who were there when it began."""
+    """A live, read-only mapping of id to socket. Iterating goes over the sockets that were there when it began."""
 
     __slots__ = ("_sockets",)
 
@@ -386,7 +390,7 @@ class Namespace:
         for connections from now on.
         """
         old, self.hooks, self.options = self.hooks, hooks, options
-        self.events.record("replaced", detail=f"{type(hooks.service).__name__} is new code now")
+        self.events.record("replaced", detail=f"{type(hooks.service).__name__} runs new code")
         for socket in list(self._by_id.values()):
             try:
                 values = hooks.values(old.plain_values(socket.data.values), from_query=False)
@@ -474,7 +478,7 @@ class Namespace:
     def abandon(self) -> None:
         """Wait for nobody any more: what is left are handlers that do not let themselves be cancelled."""
         for socket in tuple(self._leaving):
-            log.error("%s: its handler goes on although it was cancelled, and is left behind", socket)
+            log.error("%s: a handler goes on although it was cancelled, and is left behind", socket)
             self.forget(socket)
 
     @property
@@ -519,5 +523,5 @@ def _sockets_or_ids(exclude: Exclude) -> tuple[Socket[Any] | str, ...]:
     each = tuple(given) if isinstance(given, Iterable) else (given,)
     for one in each:
         if not isinstance(one, str | Socket):
-            raise TypeError(f"exclude takes sockets or their ids, not {one!r}")
+            raise TypeError(f"exclude takes sockets or ids of sockets, not {one!r}")
     return each

@@ -13,7 +13,41 @@ Bytes = Annotated[int, Field(ge=1)]
 class WebSocketOptions(BaseModel):
     """Limits and times, for a server (``AsenaServer(options=…)``) or one namespace (``@WebSocket(options=…)``).
 
-    Unknown names are refused. ``None`` switches a limit off where the type allows it.
+        @WebSocket("/ticker", options=WebSocketOptions(max_message_size=64 * 1024, slow_client_policy="drop"))
+        class Ticker(AsenaWebSocketService): ...
+
+    A namespace's options replace the server's as a whole. ``None`` switches a limit off where the type allows it.
+    Unknown names are refused.
+
+    Attributes:
+        max_message_size (bytes, default 16 MiB): The longest message from a client, after decompression; a longer one
+            closes the connection with 1009.
+        max_sockets (default none): The most sockets in the namespace; one more is refused with HTTP 503.
+        max_rooms_per_socket (default 100,000): The most rooms that one socket may be in; joining one more raises
+            `RoomLimitError`.
+        max_room_name_bytes (bytes, default 1 KiB): The longest name of a room, as UTF-8; a longer one raises
+            `RoomNameError`.
+        max_buffered_bytes (bytes, default 4 MiB): The most that may wait for a client that reads slowly.
+        slow_client_policy (default "close"): What happens beyond that. "close": the client is closed with 1013; "drop":
+            the newest messages are dropped, and counted.
+        max_queued_messages (default 256): The most messages of one client that may wait for their handler; then nothing
+            more is read from it until the handler catches up.
+        max_queued_bytes (bytes, default 4 MiB): The same, in bytes.
+        handshake_timeout (seconds, default 10): For a handshake to arrive, and again for middleware to answer it.
+        ping_interval (seconds, default 20): Between two pings; None sends none.
+        ping_timeout (seconds, default 20): Of silence after a ping, until the connection is closed with 1011; None
+            waits for ever.
+        idle_timeout (seconds, default none): Without a message from the client, until it is closed with 1001.
+        close_timeout (seconds, default 5): For a client to answer a close frame, until it is cut off.
+        handler_grace (seconds, default 2): For a handler to finish when its client is gone, or the server stops, until
+            it is cancelled.
+        on_close_timeout (seconds, default 10): For ``on_close`` to finish, until it is cancelled.
+        compression (default off): Whether to offer permessage-deflate (RFC 7692).
+        compression_level (default 6): From 1 (fast) to 9 (small).
+        compression_memory_level (default 8): From 1 (little memory) to 9 (fast).
+        compression_window_bits (default 15): From 9 to 15: the largest window is two to the power of this, in bytes.
+        compression_context_takeover (default off): Whether to keep the window between messages.
+        compression_threshold (bytes, default 128): Shorter messages are sent uncompressed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -31,7 +65,7 @@ class WebSocketOptions(BaseModel):
     max_buffered_bytes: Bytes = 4 * 1024 * 1024
     """Bytes that may wait for a client that reads slowly. What is sent while nothing waits is always taken."""
     slow_client_policy: Literal["close", "drop"] = "close"
-    """Past ``max_buffered_bytes``: close with 1013, or drop the newest messages (and count them)."""
+    """Beyond ``max_buffered_bytes``: close with 1013, or drop the newest messages (and count them)."""
 
     max_queued_messages: Annotated[int, Field(ge=1)] = 256
     """Messages of one client that may wait for its handler; then the client is not read until it catches up."""
@@ -39,8 +73,8 @@ class WebSocketOptions(BaseModel):
     """The same in bytes."""
 
     handshake_timeout: Seconds = 10.0
-    """Seconds in which the handshake has to arrive, and again in which middleware has to answer. The server's
-    own also hold for HTTP: for a request to arrive, and for a client that reads nothing of its answer to be cut off."""
+    """Seconds in which the handshake has to arrive, and again in which middleware has to answer. The server's own value
+    also holds for HTTP: for a request to arrive, and until a client that reads nothing of its answer is cut off."""
     ping_interval: Seconds | None = 20.0
     """Seconds between pings."""
     ping_timeout: Seconds | None = 20.0

@@ -22,8 +22,8 @@ def check_room(room: object, limit: int | None = None) -> str:
         if size <= limit:
             return room
         raise RoomNameError(
-            f"a room's name has at most {limit} bytes (WebSocketOptions.max_room_name_bytes), "
-            f"unlike {room[:20] + '…'!r} with {size}"
+            f"a room's name must be at most {limit} bytes (WebSocketOptions.max_room_name_bytes), "
+            f"but {room[:20] + '…'!r} has {size}"
         )
     what = "an empty string" if room == "" else f"{room!r} ({type(room).__name__})"
     raise RoomNameError(f"a room's name must be a non-empty string, not {what}")
@@ -63,7 +63,7 @@ class RoomIndex(Generic[Member]):
         return True
 
     def withdraw(self, member: Member) -> dict[str, None]:
-        """The member's rooms, which it is not said to be in any more. It has still to `leave` each of them."""
+        """The member's rooms, which are no longer listed as its. It still has to `leave` each of them."""
         return self._rooms.pop(member, {})
 
     def members(self, room: str) -> dict[Member, None]:
@@ -100,7 +100,7 @@ class RoomIndex(Generic[Member]):
 class MembersView(Set[Member]):
     """A live, read-only view of a room's members, in the order in which they joined.
 
-    Iterating goes over those who were there when it began, so the body may change the room.
+    Iterating goes over the members that were there when it began, so the body may change the room.
     """
 
     __slots__ = ("_members",)

@@ -26,7 +26,7 @@ from .sockets import Socket, T
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
-# Said in the error for who comes from TypeScript, or from Tornado.
+# Names of these hooks in TypeScript's Asena and in Tornado, for the error text.
 _MISSPELT = {
     "onOpen": "on_open",
     "onMessage": "on_message",
@@ -38,18 +38,34 @@ _MISSPELT = {
 
 
 class AsenaWebSocketService(Generic[T]):
-    """The base of a namespace's service; ``T`` is the type of each client's ``ws.data.values``.
+    """The base class of a namespace's service; ``T`` is the type of each client's ``ws.data.values``.
+
+        @WebSocket("/chat")
+        class ChatSocket(AsenaWebSocketService[ChatData]):
+            def on_open(self, ws: Socket[ChatData]) -> None:
+                ws.subscribe(ws.data.room)
 
     Hooks, all optional, sync or async, may take fewer arguments than they are offered:
 
-    - ``on_open(ws)``: a client has connected. Finishes before its first message is delivered.
-    - ``on_message(ws, message)``: one at a time per client, in order. The annotation of ``message`` says what it
-      is to be: ``str`` (or none), ``bytes``, or anything pydantic can parse from JSON.
-    - ``on_close(ws, code, reason)``: the client is gone; ``ws.rooms`` is still what it was, and publishing works.
+    - ``on_open(ws)``: a client has connected. It finishes before the client's first message is delivered.
+    - ``on_message(ws, message)``: a client has sent a message. It runs one at a time for each client, in order. The
+      annotation of ``message`` says what it is to be: ``str`` (or none), ``bytes``, or anything pydantic can parse from
+      JSON.
+    - ``on_close(ws, code, reason)``: the client is gone, for whatever reason. It has left `sockets` and `rooms`
+      already; ``ws.rooms`` still tells where it was, and publishing works.
     - ``on_error(ws, error)``: a hook raised. By default the socket closes with 1011.
-    - ``on_invalid_message(ws, error)``: a message was not what ``on_message`` asks for. By default the client
-      is told, in JSON.
-    - ``on_ping(ws, data)``, ``on_pong(ws, data)``, ``on_drain(ws)``: run beside the message handler.
+    - ``on_invalid_message(ws, error)``: a message is not what ``on_message`` asks for. By default the client is told,
+      in JSON, and stays connected. ``error`` is an `InvalidMessageError`.
+    - ``on_drain(ws)``: everything that waited for a slow client has been sent.
+    - ``on_ping(ws, data)``, ``on_pong(ws, data)``: a ping has come, and is answered already; a pong has come.
+
+    ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client. Whatever a hook raises
+    is logged and does not end the server, ``SystemExit`` included. A hook that computes for long holds up its server:
+    use ``asyncio.to_thread``.
+
+    What a client says of itself in the query string is validated as ``T`` before the handshake is accepted; if it does
+    not fit, the answer is HTTP 400 with the errors. Values that middleware has set are validated too; there a misfit is
+    the server's mistake, logged and answered with 500.
     """
 
     _namespace: Namespace | None = None
@@ -59,7 +75,7 @@ class AsenaWebSocketService(Generic[T]):
             if cls is AsenaWebSocketService:
                 shown = ", ".join(getattr(each, "__name__", repr(each)) for each in args)
                 raise ConfigurationError(
-                    f"the type of ws.data.values goes into brackets: AsenaWebSocketService[{shown}], not (…)"
+                    f"the type of ws.data.values goes in square brackets: AsenaWebSocketService[{shown}], not (…)"
                 )
             raise TypeError(f"{cls.__name__}() takes no arguments")
         return super().__new__(cls)
@@ -67,7 +83,7 @@ class AsenaWebSocketService(Generic[T]):
     def _bound(self) -> Namespace:
         if self._namespace is None:
             raise ServerStateError(
-                f"{type(self).__name__} belongs to no server: pass it to AsenaServer(...) and start that"
+                f"{type(self).__name__} does not belong to a server: pass it to AsenaServer(...) and start that"
             )
         return self._namespace
 
@@ -78,24 +94,44 @@ class AsenaWebSocketService(Generic[T]):
 
     @property
     def rooms(self) -> RoomsView[Socket[T]]:
-        """A live, read-only mapping of room to the sockets in it."""
+        """A live, read-only mapping of room to the sockets in it. Empty rooms do not exist."""
         return self._bound().rooms
 
     def get_sockets_by_room(self, room: str) -> list[Socket[T]]:
-        """The sockets in the room; an empty list if there is no such room."""
+        """Return the sockets in the room; an empty list if there is no such room."""
         return list(self._bound().index.members(room).copy())
 
     def to(self, room: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
-        """Send to everybody in the room, or in any of several rooms (once each), except ``exclude``.
+        """Send to everybody in a room, or once to everybody in any of several rooms. Works from any thread.
 
-        ``exclude`` holds sockets or their ids. Returns how many local sockets are addressed; where there are other
-        nodes as an `Addressed`, which tells whether those get it too. May be called from any thread.
-        Raises `EncodeError`, `RoomNameError`, and `ServerStateError` when the server does not run.
+        Args:
+            room: The room's name, or several names.
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+            exclude: Sockets, or ids of sockets, that do not get it.
+
+        Returns:
+            How many local sockets are addressed. Where the server has a transport it is an `Addressed`, which tells
+            whether the other nodes get it, too.
+
+        Raises:
+            EncodeError: ``data`` cannot become a message.
+            RoomNameError: A name is empty, too long, or not a string.
+            ServerStateError: The server does not run.
+            BackpressureError: Other threads are 64 MiB ahead of the server's loop, and the calling thread has a loop of
+                its own, which must not wait. (Other threads wait, for at most 30 seconds.)
         """
         return self._bound().to(room, data, exclude=exclude)
 
     def in_(self, data: object, *, exclude: Exclude = ()) -> int:
-        """Send to everybody connected, except ``exclude``; otherwise like `to`."""
+        """Send to everybody connected to this namespace; otherwise like `to`.
+
+        Args:
+            data: What `to` takes.
+            exclude: Sockets, or ids of sockets, that do not get it.
+
+        Returns:
+            How many local sockets are addressed.
+        """
         return self._bound().in_(data, exclude=exclude)
 
     # The hooks' signatures are open, so that overriding one with fewer arguments, or as a coroutine, type-checks.
@@ -152,9 +188,19 @@ def WebSocket(
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
-    ``name``: what it is injected by, by default the class's name. ``middlewares``: classes or instances, run in
-    order before the handshake. ``options``: limits of this namespace, instead of the server's.
-    Raises `ConfigurationError` for a path, class or hook that cannot work.
+        @WebSocket("/chat", middlewares=[RateLimit(10)])
+        class ChatSocket(AsenaWebSocketService): ...
+
+    Args:
+        path: Where clients connect; ``"chat"`` means ``"/chat"``. Parameters in it are not possible: what differs per
+            client belongs in the query string.
+        name: What the service is injected by; by default the class's name.
+        middlewares: Classes or instances with ``handle(self, context, next)``, run in order before the handshake is
+            accepted.
+        options: Limits and times of this namespace, instead of the server's.
+
+    Raises:
+        ConfigurationError: The path, the class or a hook cannot work.
     """
     if not isinstance(path, str):
         raise ConfigurationError('@WebSocket needs a path: @WebSocket("/chat")')
@@ -170,7 +216,7 @@ def WebSocket(
             raise ConfigurationError(f"@WebSocket({path!r}) needs a subclass of AsenaWebSocketService, not {cls!r}")
         for wrong, right in _MISSPELT.items():
             if wrong in vars(cls) and right not in vars(cls):
-                raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: here it is spelled {right}")
+                raise ConfigurationError(f"{cls.__name__}.{wrong} would never be called: write {right}")
         for hook in HOOKS:  # before their parameters are looked at
             needs_self(cls, hook)
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
@@ -244,7 +290,7 @@ def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
 
 
 def _needed(annotation: Any, cls: type, where: str) -> Any:
-    """The annotation, resolved at the latest now."""
+    """The annotation, resolved now if it is not yet."""
     if isinstance(annotation, str):
         annotation = _resolve(annotation, cls, {})
     if isinstance(annotation, str):

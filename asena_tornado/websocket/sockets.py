@@ -17,7 +17,7 @@ T = TypeVar("T", default=Any)
 
 
 class ReadyState(IntEnum):
-    """A socket's state, numbered as in browsers."""
+    """A socket's state, with the numbers that browsers use."""
 
     CONNECTING = 0
     OPEN = 1
@@ -27,11 +27,15 @@ class ReadyState(IntEnum):
 
 @dataclass(frozen=True, repr=False)
 class SocketData(Generic[T]):
-    """What is known of a client from its handshake.
+    """What is known of a client from its handshake: ``ws.data``.
 
-    ``id``: the socket's id. ``path``: the namespace. ``query``: the query string (a name given several times has
-    a list). ``values``: what middleware set with ``set_websocket_value``, else the query string, as a ``T``.
-    Other attributes are looked up in ``values``: ``ws.data.username``.
+    Attributes that are not listed here are looked up in ``values``: ``ws.data.username``.
+
+    Attributes:
+        id: The socket's id.
+        path: The path of the namespace.
+        query: The query string; a name given several times has a list.
+        values: What middleware set with ``set_websocket_value``, otherwise the query string, as a ``T``.
     """
 
     id: str
@@ -56,7 +60,7 @@ class SocketData(Generic[T]):
                 return getattr(values, name)
             except AttributeError:
                 known = ", ".join(getattr(values, "__dict__", {})) or "none"
-        raise AttributeError(f"the socket's values have no {name!r} (there are: {known})")
+        raise AttributeError(f"the socket's values have no {name!r} (known: {known})")
 
 
 class Wire(Protocol):
@@ -76,7 +80,7 @@ class Wire(Protocol):
 
     @property
     def last_error(self) -> str | None:
-        """The last that a hook raised, in one line."""
+        """The last error that a hook raised, in one line."""
         ...
 
     @property
@@ -90,7 +94,7 @@ class Wire(Protocol):
         ...
 
     def send(self, message: Message) -> bool:
-        """Owe the message to the client; False if it was not taken."""
+        """Queue the message for the client; False if it was not taken."""
         ...
 
     def ping(self, payload: bytes) -> None:
@@ -156,8 +160,12 @@ class Home(Protocol):
 class Socket(Generic[T]):
     """One connected client: the same object for the whole life of its connection.
 
-    Sending, joining and closing may be called from any thread. Sending never waits; what waits to be sent is
-    limited (`WebSocketOptions.max_buffered_bytes`).
+    Sending, joining and closing work from any thread. Sending never waits; what waits to be sent is limited
+    (`WebSocketOptions.max_buffered_bytes`).
+
+    Attributes:
+        data: What the client said of itself in the handshake: a `SocketData`.
+        remote_address: The client's IP address.
     """
 
     __slots__ = ("__weakref__", "_connection", "_left_rooms", "_namespace", "data", "remote_address")
@@ -172,7 +180,7 @@ class Socket(Generic[T]):
 
     @property
     def id(self) -> str:
-        """The socket's unguessable id."""
+        """The socket's id, which cannot be guessed."""
         return self.data.id
 
     @property
@@ -182,61 +190,90 @@ class Socket(Generic[T]):
 
     @property
     def ready_state(self) -> ReadyState:
-        """Whether it is open, closing or closed."""
+        """Whether it is open, closing or closed, as a `ReadyState`."""
         return self._connection.state
 
     @property
     def rooms(self) -> frozenset[str]:
-        """The rooms it is in; in ``on_close``, those it was in."""
+        """The rooms the socket is in; in ``on_close``, those it was in."""
         if self._left_rooms is not None:
             return frozenset(self._left_rooms)
         return self._namespace.rooms_of(self)
 
     @property
     def buffered_amount(self) -> int:
-        """Bytes queued for the client that the system has not taken yet."""
+        """Bytes that wait for the client, and that the operating system has not taken yet."""
         return self._connection.buffered_amount
 
     @property
     def round_trip_time(self) -> float | None:
-        """Seconds from the last ping to its pong, or None before the first."""
+        """Seconds from the last ping to its pong, or None before the first pong."""
         return self._connection.round_trip_time
 
     def is_subscribed(self, room: str) -> bool:
-        """Whether it is in the room."""
+        """Return whether the socket is in the room."""
         rooms = self._left_rooms
         return room in (self._namespace.index.rooms_of(self) if rooms is None else rooms)
 
     def send(self, data: object) -> bool:
-        """Send to this client: str as text, bytes as binary, anything else as JSON.
+        """Send to this client.
 
-        Returns whether it was taken: False when the socket is closed, or when too much waits already (see
-        `WebSocketOptions.slow_client_policy`). Raises `EncodeError` for what cannot be sent.
+        Args:
+            data: ``str`` goes out as text, bytes as binary, anything else as JSON.
+
+        Returns:
+            Whether it was taken: False when the socket is closed, or when too much waits for the client already (see
+            `WebSocketOptions.slow_client_policy`).
+
+        Raises:
+            EncodeError: ``data`` cannot become a message.
         """
         return self._namespace.send_to(self, encode(data))
 
     def publish(self, room: str, data: object, *, exclude: Iterable[Socket[Any] | str] = ()) -> int:
-        """Send to everybody in the room but this socket; it need not be a member itself.
+        """Send to everybody in the room except this socket, which need not be a member itself.
 
-        Returns how many local sockets are addressed. Raises `RoomNameError` and `EncodeError`.
+        Args:
+            room: The room's name.
+            data: What `send` takes.
+            exclude: More sockets, or ids of sockets, that do not get it.
+
+        Returns:
+            How many local sockets are addressed.
+
+        Raises:
+            EncodeError: ``data`` cannot become a message.
+            RoomNameError: The name is empty, too long, or not a string.
         """
         return self._namespace.to(room, data, exclude=exclude, origin=self)
 
     def subscribe(self, room: str) -> None:
-        """Join the room.
+        """Join the room; nothing happens if the socket is in it already.
 
-        Raises `SocketClosedError` when the socket is closed, `RoomNameError` for a bad name, and `RoomLimitError`
-        when it is in ``max_rooms_per_socket`` rooms already.
+        Args:
+            room: The room's name; a room exists as long as it has members.
+
+        Raises:
+            SocketClosedError: The socket is closed.
+            RoomNameError: The name is empty, too long, or not a string.
+            RoomLimitError: The socket is in ``max_rooms_per_socket`` rooms already.
         """
         self._namespace.join(self, room)
 
     def unsubscribe(self, room: str) -> None:
-        """Leave the room; nothing happens if it is not in it."""
+        """Leave the room; nothing happens if the socket is not in it."""
         self._namespace.leave(self, room)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Begin the close handshake. ``code``: 1000, 3000-4999 or another that RFC 6455 §7.4 lets a peer send;
-        ``reason``: at most 123 bytes as UTF-8."""
+        """Begin the close handshake; ``on_close`` runs when the connection is over.
+
+        Args:
+            code: 1000, one from 3000 to 4999, or another that RFC 6455 §7.4 lets an endpoint send.
+            reason: At most 123 bytes as UTF-8.
+
+        Raises:
+            ValueError: The code or the reason cannot be sent.
+        """
         check_close(code, reason)
         self._namespace.door.run(self._connection.close, code, reason)
 
@@ -245,9 +282,16 @@ class Socket(Generic[T]):
         self._namespace.door.run(self._connection.terminate)
 
     def ping(self, data: bytes = b"") -> None:
-        """Send a ping (at most 125 bytes). The round trip is measured when ``data`` is empty."""
+        """Send a ping. The round trip is measured when ``data`` is empty.
+
+        Args:
+            data: At most 125 bytes, which the pong brings back.
+
+        Raises:
+            ValueError: There are more than 125 bytes.
+        """
         if len(data) > 125:
-            raise ValueError("a ping carries at most 125 bytes")
+            raise ValueError("a ping must be at most 125 bytes")
         self._namespace.door.run(self._connection.ping, bytes(data))
 
     def __repr__(self) -> str:
