@@ -25,9 +25,12 @@ from tornado.netutil import ssl_wrap_socket
 from ..hosting import Acceptor
 from ..web.http import Answered, Response
 from ..web.origins import Hosts
+from .arrivals import Arrivals
 from .handshake import Endpoint, Handshake, refused
 
 log = logging.getLogger("asena_tornado")
+
+_PLAIN = (socket.AF_INET, socket.AF_INET6)
 
 
 class Front(HTTPServerConnectionDelegate):
@@ -70,6 +73,7 @@ class _Stream(IOStream):
 
     written = 0
     stuck: tuple[int, float] | None = None  # at how much, since when
+    prepared: Response | None = None  # the answer to the first request
 
     def write_to_fd(self, data: memoryview) -> int:
         """As in `IOStream`."""
@@ -90,6 +94,7 @@ class FrontServer(HTTPServer):
     """
 
     _acceptor: Acceptor | None = None
+    _arrivals: Arrivals | None = None
     _timer: asyncio.TimerHandle | None = None
     _predecessors: tuple[FrontServer, ...] = ()
 
@@ -97,7 +102,12 @@ class FrontServer(HTTPServer):
         """Accept what comes to these sockets, and close them with `stop`. Called once."""
         listeners = tuple(sockets)
         try:
-            self._acceptor = Acceptor(asyncio.get_running_loop(), listeners, self._receive)
+            loop = asyncio.get_running_loop()
+            self._acceptor = Acceptor(loop, listeners, self._receive)
+            if self.ssl_options is None and all(each.family in _PLAIN for each in listeners):
+                self._arrivals = Arrivals(
+                    loop, lambda path: self.front.find(path), lambda: self.front.hosts, self._serve
+                )
         except NotImplementedError:  # Windows' own loop; Tornado lends it a selector, on a thread
             super().add_sockets(listeners)
 
@@ -106,12 +116,22 @@ class FrontServer(HTTPServer):
         if self._acceptor is not None:
             self._acceptor.stop()
             self._acceptor = None
+        if self._arrivals is not None:
+            self._arrivals.clear()
         super().stop()
 
     def _receive(self, connection: socket.socket, address: Any) -> None:
-        stream: IOStream
+        if self._arrivals is None:
+            self._serve(connection, address)
+        else:
+            self._arrivals.add(connection, address)
+
+    def _serve(self, connection: socket.socket, address: Any, prepared: Response | None = None) -> None:
+        """Have Tornado read what the client asks for; ``prepared``: what it is answered."""
+        stream: _Stream
         if self.ssl_options is None:
             stream = _Stream(connection)
+            stream.prepared = prepared
         else:
             try:
                 connection.getpeername()  # which the wrapper asks too late to close what it has made
@@ -193,6 +213,12 @@ class _FrontRequest(HTTPMessageDelegate):
     ) -> Awaitable[None] | None:
         assert isinstance(start_line, RequestStartLine)
         endpoint = self._front.find(start_line.path.partition("?")[0])
+        stream = getattr(self._conn, "stream", None)
+        if isinstance(stream, _Stream) and stream.prepared is not None:
+            prepared, stream.prepared = stream.prepared, None
+            request = HTTPServerRequest(connection=self._conn, start_line=start_line, headers=headers)
+            self._refuse(endpoint, request, prepared)
+            return None
         try:
             self._front.hosts.check(headers.get("Host", "localhost"))  # without one it is HTTP/1.0, or refused below
         except Answered as answered:

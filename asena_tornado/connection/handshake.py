@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import re
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -133,14 +134,33 @@ class Handshake:
 
     def upgrade(self, stream: IOStream) -> None:
         """Answer 101 and let a `Connection` take the stream over, unless the client is gone."""
-        endpoint, options, client = self._endpoint, self._endpoint.options, self._client
-        assert client is not None
+        endpoint = self._endpoint
         agreed = self._negotiate()
         try:
             channel, received = _take_over(stream, endpoint.loop, self._answer(agreed), endpoint.outbox)
         except (StreamClosedError, OSError):
             stream.close()
             return
+        self._begin(channel, received, agreed)
+
+    def upgrade_socket(self, sock: socket.socket) -> None:
+        """The same for a connection that Tornado has not seen, once the handshake has been read from it."""
+        endpoint = self._endpoint
+        agreed = self._negotiate()
+        channel = SocketChannel(
+            endpoint.loop, hold(sock) if beside() else sock, endpoint.outbox.ledger, endpoint.outbox.reader
+        )
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            sock.close()  # the client is gone
+            return
+        channel.write(self._answer(agreed))
+        self._begin(channel, b"", agreed)
+
+    def _begin(self, channel: Channel, received: bytes, agreed: DeflateParameters | None) -> None:
+        endpoint, options, client = self._endpoint, self._endpoint.options, self._client
+        assert client is not None
         deflate = None
         if agreed is not None:
             deflate = Deflate(
