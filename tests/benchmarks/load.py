@@ -40,7 +40,8 @@ class Case:
 
     `sockets` are clients, `payload` is bytes per message, `in_flight` is how many messages are kept on their
     way at a time: by the publisher of a fan-out (where one has arrived when everybody has it), by each socket
-    of an echo.
+    of an echo. `paced`: the publisher of a fan-out goes on when it has its own copy, so that more messages arrive
+    while the room is still being written. `pieces`: each message of an echo is a send of its own.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Case:
     in_flight: int = 1
     payload: int = 64
     compress: bool = False
+    paced: bool = False
+    pieces: bool = False
     lower_is_better: bool = False
     host: str | None = None  # the program that serves it, when it is not simply the peer's server
 
@@ -65,6 +68,8 @@ CASES: dict[str, Case] = {
     for case in [
         Case("fanout-1", "Fan-out to 1,000, 1 in flight", "fan-out", "room", "deliveries/s", 1_000, 1),
         Case("fanout-32", "Fan-out to 1,000, 32 in flight", "fan-out", "room", "deliveries/s", 1_000, 32),
+        Case("fanout-32-paced", "Fan-out to 1,000, 32 in flight, paced by the publisher's own copy",
+             "fan-out", "room", "deliveries/s", 1_000, 32, paced=True),
         Case("fanout-10k", "Fan-out to 10,000, 8 in flight", "fan-out", "room", "deliveries/s", 10_000, 8),
         Case("fanout-64k", "Fan-out of 64 KiB to 100, 4 in flight",
              "fan-out", "room", "deliveries/s", 100, 4, 65_536),
@@ -73,6 +78,9 @@ CASES: dict[str, Case] = {
         Case("chat", "Chat of 100, each excluded from its own", "chat", "chat", "deliveries/s", 100),
         Case("echo-1", "Echo on 100 sockets, 1 in flight", "echo", "echo", "messages/s", 100, 1),
         Case("echo-16", "Echo on 100 sockets, 16 in flight", "echo", "echo", "messages/s", 100, 16),
+        Case("echo-16-pieces", "Echo on 100 sockets, 16 in flight, each sent by itself",
+             "echo", "echo", "messages/s", 100, 16, pieces=True),
+        Case("echo-alone", "Echo on 1 socket, 1 in flight", "echo", "echo", "messages/s", 1, 1),
         Case("handshakes", "Connect, 101, close; 64 at a time", "handshakes", "echo", "handshakes/s", 64),
         Case("memory", "Memory per idle connection, of 5,000", "memory", "echo", "KiB", 5_000,
              lower_is_better=True),
@@ -489,7 +497,7 @@ def finish(wire: Wire, due: int, step: Callable[[], object]) -> None:
 
 
 def measure_fan_out(wire: Wire, case: Case, frame: bytes, seconds: float, pid: int | None) -> Result:
-    """Messages of one publisher to all: the next is published when one has reached its last receiver."""
+    """Messages of one publisher to all: the next is published when one has reached its last receiver, or itself."""
     burst = memoryview(frame * case.in_flight)
     received = dict.fromkeys(wire.fds, 0)
     publisher = wire.fds[0]
@@ -504,8 +512,11 @@ def measure_fan_out(wire: Wire, case: Case, frame: bytes, seconds: float, pid: i
             count += k
             received[fd] = count
             still_at[count] += 1
-        while finished < published and not still_at[finished]:
-            finished += 1
+        if case.paced:
+            finished = received[publisher]
+        else:
+            while finished < published and not still_at[finished]:
+                finished += 1
 
     result = Result(0.0)
     for clock in stopwatches(seconds, pid, 2 * case.in_flight * len(received)):
@@ -519,7 +530,7 @@ def measure_fan_out(wire: Wire, case: Case, frame: bytes, seconds: float, pid: i
             step()
         result = clock.rate(wire.total - before, wire)
     finish(wire, published * len(received), step)
-    if finished < published:
+    if any(count != published for count in received.values()):
         raise LoadError("some clients received a message twice and others not at all")
     return result
 
@@ -564,7 +575,8 @@ def measure_echo(wire: Wire, case: Case, frame: bytes, seconds: float, pid: int 
         before = wire.total
         while clock.runs(wire.total - before):
             for fd, k in wire.receive(0.05):
-                wire.send(fd, bursts[k])
+                for _ in range(k if case.pieces else 1):
+                    wire.send(fd, frame if case.pieces else bursts[k])
         result = clock.rate(wire.total - before, wire)
     finish(wire, wire.total + case.in_flight * len(wire.fds), lambda: wire.receive(0.05))
     return result
