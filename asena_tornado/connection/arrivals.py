@@ -148,7 +148,7 @@ def _parse(found: re.Match[bytes], address: Any) -> HTTPServerRequest | None:
         if lower in seen or lower in _NOT_COMMON:
             return None
         seen.add(lower)
-        headers.add(name, value.strip(" \t"))
+        headers[name] = value.strip(" \t")  # `add` would check again what the pattern has checked
     if "host" not in seen or "upgrade" not in seen:
         return None
     start_line = RequestStartLine("GET", found[1].decode("latin-1"), "HTTP/1.1")
