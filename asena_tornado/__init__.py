@@ -1,10 +1,12 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
+from .client.live import LiveClient
 from .client.plain import Client, connect
 from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
+    CallError,
     CircularDependencyError,
     ConfigurationError,
     ConnectionClosed,
@@ -47,6 +49,7 @@ __all__ = [
     "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
+    "CallError",
     "CircularDependencyError",
     "Client",
     "ConfigurationError",
@@ -64,6 +67,7 @@ __all__ = [
     "Inject",
     "InjectionError",
     "InvalidMessageError",
+    "LiveClient",
     "LocalTransport",
     "Middleware",
     "MiddlewareError",

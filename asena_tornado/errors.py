@@ -13,6 +13,7 @@ from pydantic import ValidationError
 __all__ = [
     "AsenaError",
     "BackpressureError",
+    "CallError",
     "CircularDependencyError",
     "ConfigurationError",
     "ConnectionClosed",
@@ -41,6 +42,20 @@ class AsenaError(Exception):
 
 class BackpressureError(AsenaError):
     """Another thread hands the server more to send than its loop gets done; what raises this was not sent."""
+
+
+class CallError(AsenaError):
+    """A `LiveClient` did not get what it asked for. Carries ``code`` (int), ``message`` (str), ``temporary`` (bool).
+
+    Codes from 100 on are the server's (103: permission denied). Below that they are the client's: 1 timeout, 3
+    disconnected, 7 unsubscribed, 10 not sent, 11 the connection was closed before the answer came.
+    """
+
+    def __init__(self, code: int, message: str, *, temporary: bool = False) -> None:
+        super().__init__(f"{message} (code {code})")
+        self.code = code
+        self.message = message
+        self.temporary = temporary
 
 
 class ConfigurationError(AsenaError, ValueError):
