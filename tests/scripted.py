@@ -7,8 +7,10 @@ same port. It speaks WebSocket by itself, because no library would do to a conne
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
+import random
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -238,8 +240,13 @@ class ScriptedServer:
     async def start(self) -> None:
         """Listen: the second time on the port of the first."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, reuse_address=True)
-        self.port = self._server.sockets[0].getsockname()[1]
+        # Not one of those that the system gives to outgoing connections: while nobody listens, it would be given away.
+        for port in [self.port] if self.port else random.sample(range(20_000, 32_000), 100):
+            with contextlib.suppress(OSError):
+                self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", port)
+                self.port = port
+                return
+        raise OSError(f"cannot listen on port {self.port}, or any other")
 
     async def stop(self) -> None:
         """Nobody listens any more, and every connection is reset."""

@@ -188,7 +188,10 @@ async def an_expired_token_is_replaced(server: ScriptedServer, client: Client) -
     )
     await client.new(server, token="old", tokens=["new"])
     assert (await client.event("error"))["error"]["code"] == 109
-    assert [command.body["token"] for command in server.commands] == ["old", "new"]
+    server.connections[-1].close(3001, "shutdown")
+    await client.event("connecting", code=3001)
+    await client.event("connected")
+    assert [command.body["token"] for command in server.commands] == ["old", "new", "new"]
 
 
 @script

@@ -210,6 +210,7 @@ class _Live:
                     self._end(1, "unauthorized")
                     return None
                 self._token = token
+                self._expired = False
             what = kind
             result = await ask()
             return result if turn == self._turn else None
