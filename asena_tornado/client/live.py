@@ -16,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any, Generic, Self, TypeVar
 
 from tornado.httpclient import HTTPRequest
+from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
 
 from ..errors import AsenaError, CallError, ServerStateError, shown_url
-from ..hosting import LoopDoor, waking
+from ..hosting import LoopDoor, hold, waking
 from ..websocket.messages import encode
 from .plain import client_thread
 
@@ -761,6 +762,8 @@ class LiveClient(_Live):
         if turn != self._turn:
             connection.close()
             return None
+        if isinstance(connection.stream, IOStream):
+            hold(connection.stream.socket)
         self._connection = connection
         self._open = True
         # Begun now, these get their turn when this waits for its answer; by then it is written.
