@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from tests.scripted import PATIENCE, Connection, Refusal, ScriptedServer, push
+from tests.scripted import PATIENCE, Answer, Command, Connection, Refusal, ScriptedServer, push
 
 QUICK = {"minReconnectDelay": 20, "maxReconnectDelay": 200, "timeout": 2000, "maxServerPingDelay": 300}
 SOON = {"minResubscribeDelay": 20, "maxResubscribeDelay": 100}
@@ -251,6 +251,43 @@ async def a_server_that_refuses_the_handshake_is_tried_again(server: ScriptedSer
         assert (await client.event("error"))["error"]["code"] == 2
     server.refuse_upgrades = False
     await back(server, client)
+
+
+@script
+async def a_connection_lost_before_the_answer_is_made_again(server: ScriptedServer, client: Client) -> None:
+    def reset(command: Command) -> Answer:
+        if len(server.connections) > 2:
+            return {"client": "abc"}
+        command.connection.reset()
+        return None
+
+    server.answers["connect"] = reset
+    await client.new(server, connect=False)
+    await client.do("newSubscription", "news", SOON)
+    await client.do("subscribe", room="news")
+    call = await client.start("rpc", "echo", 1)
+    await client.do("connect")
+    await client.event("subscribed", "news")
+    assert (await client.outcome(call))["value"] == {"data": 1}
+    assert [ctx["code"] for ctx in client.seen("subscribing", room="news")] == [0]
+    assert client.seen("disconnected") == []
+
+
+@script
+async def a_refusal_leaves_subscriptions_for_the_next_connection(server: ScriptedServer, client: Client) -> None:
+    server.answers["connect"] = lambda command: Refusal(103, "permission denied")
+    server.answers["subscribe"] = lambda command: None
+    await client.new(server, connect=False)
+    await client.do("newSubscription", "news", SOON)
+    await client.do("subscribe", room="news")
+    await client.do("connect")
+    await client.event("disconnected")
+    assert await client.do("stateOf", "news") == "subscribing"
+    await server.connections[0].over()
+    server.answers["connect"] = lambda command: {"client": "abc"}
+    server.answers["subscribe"] = lambda command: {}
+    await client.do("connect")
+    await client.event("subscribed", "news")
 
 
 # Calls
