@@ -1,10 +1,12 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
+from .client.live import LiveClient
 from .client.plain import Client, connect
 from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
+    CallError,
     CircularDependencyError,
     ConfigurationError,
     ConnectionClosed,
@@ -51,6 +53,7 @@ __all__ = [
     "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
+    "CallError",
     "CircularDependencyError",
     "Client",
     "ConfigurationError",
@@ -69,6 +72,7 @@ __all__ = [
     "InjectionError",
     "Inspector",
     "InvalidMessageError",
+    "LiveClient",
     "LocalTransport",
     "Middleware",
     "MiddlewareError",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 __all__ = [
     "AsenaError",
     "BackpressureError",
+    "CallError",
     "CircularDependencyError",
     "ConfigurationError",
     "ConnectionClosed",
@@ -45,6 +46,20 @@ class BackpressureError(AsenaError):
     Other threads may be 64 MiB ahead of the loop. Beyond that, sending waits; in a thread with a loop of its own, which
     must not wait, it raises this. Await something there that follows the server, such as ``server.ulak``.
     """
+
+
+class CallError(AsenaError):
+    """A `LiveClient` did not get what it asked for. Carries ``code`` (int), ``message`` (str), ``temporary`` (bool).
+
+    Codes from 100 on are the server's (103: permission denied). Below that they are the client's: 1 timeout, 3
+    disconnected, 7 unsubscribed, 10 not sent, 11 the connection was closed before the answer came.
+    """
+
+    def __init__(self, code: int, message: str, *, temporary: bool = False) -> None:
+        super().__init__(f"{message} (code {code})")
+        self.code = code
+        self.message = message
+        self.temporary = temporary
 
 
 class ConfigurationError(AsenaError, ValueError):

@@ -1,1 +1,1 @@
-"""A WebSocket client for tests, notebooks and scripts."""
+"""Who connects: a plain client, one that comes back and asks, and one for pages, `asena.js`."""

@@ -197,12 +197,13 @@ async def connect(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )
     if in_cell():
-        return await _thread().door.acall(lambda: _connect(request, timeout))
+        return await client_thread().door.acall(lambda: _connect(request, timeout))
     return await _connect(request, timeout)
 
 
 @functools.cache
-def _thread() -> LoopThread:
+def client_thread() -> LoopThread:
+    """Where clients live that must go on while a cell computes: one thread for all of them."""
     return LoopThread("asena-clients").start()
 
 
@@ -225,4 +226,4 @@ async def _connect(request: HTTPRequest, timeout: float) -> Client:
     return client._connected(connection)  # noqa: SLF001  # not for users
 
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client", "client_thread", "connect"]

@@ -1,0 +1,141 @@
+"""asena.js goes through the same scripts as the SDK whose names it has, in Node and in a browser."""
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import asena_tornado
+from tests.scripted import ScriptedServer
+from tests.scripts import SCRIPTS, Client, run
+
+pytestmark = pytest.mark.js
+
+HERE = Path(__file__).parent / "js"
+chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ASENA = Path(asena_tornado.__file__).parent / "client" / "asena.js"
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The SDK, and a WebSocket for a Node that has none, from npm; kept where ``ASENA_TEST_NPM`` says, if it does."""
+    base = tmp_path_factory.getbasetemp()
+    # One for all of xdist's workers, whose own directories are in the run's.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    where = Path(os.environ.get("ASENA_TEST_NPM") or shared / "npm")
+    where.mkdir(parents=True, exist_ok=True)
+    with (where / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (where / "node_modules" / "centrifuge").is_dir():
+            install(where)
+    return where / "node_modules"
+
+
+def install(where: Path) -> None:
+    """Skips the test where that is not possible, except in CI, which must not pass without it."""
+    give_up: Callable[[str], NoReturn] = pytest.fail if os.environ.get("CI") else pytest.skip
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        give_up("no node and npm on PATH")
+    command = [npm, "install", "--prefix", str(where), "--no-audit", "--no-fund", "centrifuge@5", "ws@8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        give_up(f"npm cannot install what the tests need: {done.stderr[-500:]}")
+
+
+class NodeClient(Client):
+    """A client in a Node process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        super().__init__()
+        self._process = process
+
+    async def order(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+
+    async def listen(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            self.report(json.loads(line))
+
+
+@asynccontextmanager
+async def node(module: Path, packages: Path) -> AsyncIterator[Client]:
+    process = await asyncio.create_subprocess_exec(
+        "node", HERE / "node.mjs", module, packages / "ws" / "wrapper.mjs",
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    client = NodeClient(process)
+    listening = asyncio.create_task(client.listen())
+    try:
+        yield client
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        await listening
+        assert await process.wait() == 0
+
+
+@pytest.fixture(params=["asena.js", "the SDK"])
+def module(request: pytest.FixtureRequest, packages: Path) -> Path:
+    return ASENA if request.param == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+async def test_in_node(name: str, module: Path, packages: Path) -> None:
+    async with node(module, packages) as client:
+        await run(name, client)
+
+
+class PageClient(Client):
+    """A client in a page."""
+
+    def __init__(self, page: Any) -> None:
+        super().__init__()
+        self._page = page
+
+    async def order(self, order: dict[str, Any]) -> None:
+        await self._page.evaluate("order => { window.order(order) }", order)
+
+
+@pytest.fixture
+def texts(module: Path) -> dict[str, tuple[str, str]]:
+    """What the page and its scripts are loaded from."""
+    return {
+        "/page.html": ("text/html", (HERE / "page.html").read_text()),
+        "/driver.mjs": ("text/javascript", (HERE / "driver.mjs").read_text()),
+        "/client.mjs": ("text/javascript", module.read_text()),
+    }
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(chromium is None, reason="no chromium on PATH")
+async def test_in_a_browser(texts: dict[str, tuple[str, str]]) -> None:
+    playwright = pytest.importorskip("playwright.async_api")
+    async with ScriptedServer() as files, playwright.async_playwright() as driver:
+        files.files = texts
+        browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for name in SCRIPTS:
+            page = await browser.new_page()
+            client = PageClient(page)
+            await page.expose_function("report", lambda what, client=client: client.report(json.loads(what)))
+            await page.goto(f"http://127.0.0.1:{files.port}/page.html")
+            await page.wait_for_function("() => Boolean(window.order)")
+            try:
+                await run(name, client)
+            except Exception as error:
+                error.add_note(f"in the script {name}")
+                raise
+            await page.close()
+        await browser.close()
