@@ -922,8 +922,10 @@ async def test_a_node_that_does_not_answer_is_named_and_its_sockets_are_not_deni
         node = silent.cluster.nodes[0].id
         count = await a.cluster.count_sockets(timeout=0.3)
         assert (count, count.complete, count.missing) == (1, False, (node,))
-        assert repr(count) == f"<at least 1: no answer from {node[:8]}>"
-        with pytest.raises(TransportError, match=f"not known whether.*no answer from node {node[:8]}"):
+        assert repr(count) == f"<Count: at least 1: no answer from {node[:8]}>"
+        with pytest.raises(
+            TransportError, match=f"node {node[:8]} did not answer.* so socket {cem_id} may"
+        ):
             await a.cluster.send(None, cem_id, encode("1"), timeout=0.3)
         monkey = a.inspector.cluster
         sockets = await monkey.sockets()
@@ -1071,7 +1073,9 @@ async def test_whatever_is_lost_is_reported_and_nothing_else(
         def reported() -> dict[str, int]:
             found: dict[str, int] = {}
             for gap in there.gaps:
-                assert gap.certain
+                if not gap.certain:  # the other one was still away when this one was back
+                    assert gap == Gap(here.cluster.id.hex(), "/chat", None, 0, certain=False)
+                    continue
                 found[str(gap.room)] = found.get(str(gap.room), 0) + gap.missed
             return found
 
