@@ -923,9 +923,7 @@ async def test_a_node_that_does_not_answer_is_named_and_its_sockets_are_not_deni
         count = await a.cluster.count_sockets(timeout=0.3)
         assert (count, count.complete, count.missing) == (1, False, (node,))
         assert repr(count) == f"<Count: at least 1: no answer from {node[:8]}>"
-        with pytest.raises(
-            TransportError, match=f"node {node[:8]} did not answer.* so socket {cem_id} may"
-        ):
+        with pytest.raises(TransportError, match=f"node {node[:8]} did not answer.* so socket {cem_id} may"):
             await a.cluster.send(None, cem_id, encode("1"), timeout=0.3)
         monkey = a.inspector.cluster
         sockets = await monkey.sockets()

@@ -15,7 +15,7 @@ _CHANNELS = 100_000  # whose numbers a publisher remembers
 _PUBLISHERS = 1000  # of one channel, whose numbers a receiver remembers
 _TOTALS = 64  # heartbeats of a node whose totals a receiver remembers
 _STRANGE = 4096  # nodes of which it is remembered that they were forgotten
-_REFUSALS = 5  # of a mark, by a bus that takes others, before it is given up
+_REFUSALS = 8  # of a mark, by a bus that takes others, before it is given up
 _IN_A_ROW = 100  # marks refused one after the other: the bus takes nothing at the moment
 
 LATE, UNWANTED = -1, -2  # instead of a number of missing messages
@@ -93,7 +93,6 @@ class Outgoing:
             return False
         self._remember(channel, numbers)
         self._fresh.pop(channel, None)
-        self._refusals.pop(channel, None)
         numbers.unmarked = 0
         return True
 
@@ -142,6 +141,9 @@ class Outgoing:
 
     def confirmed(self) -> None:
         """The bus has the marks that were sent before `confirm`."""
+        if self._refusals:
+            for channel, _ in self._confirming:
+                self._refusals.pop(channel, None)
         self._confirming = {}
 
     def repeat(self) -> None:
