@@ -18,6 +18,7 @@ from ..errors import RoomNameError, TransportError, must_propagate
 from ..transports import Transport
 from ..websocket.messages import Message, valid_close_code
 from ..websocket.namespace import Namespace, NamespaceObserver
+from . import nodes
 from .envelope import (
     VERSION,
     Departed,
@@ -58,7 +59,6 @@ _CHANNEL = 4096  # bytes of a channel's name, as `Transport` promises
 # Bytes of a heartbeat that list namespaces, and those with something unaccounted for; all of it stays under 1 kB.
 _LISTED, _LISTED_UNACCOUNTED = 400, 200
 _SENT_TO = 100  # namespaces that a node without any of its own remembers to have sent to
-_STILL_HERE = 60  # heartbeats after which a node that only sends, and has nothing to send, says that it is there
 _KINDS = frozenset(Kind)
 
 _NODES = "nodes"  # the channel of every node; a namespace's begin with "/"
@@ -134,6 +134,7 @@ class Cluster:
         self.settled = False  # it is clear which nodes there are
         self._pulse_at = 0.0  # when the last turn of `_keep_beating` began
         self._doubt_from: float | None = None  # when messages may have begun to be lost
+        self._back_at = 0.0  # when the transport became ready again
         self._met = asyncio.Event()  # somebody, or it is clear that there is nobody
         self._ended = False
 
@@ -418,6 +419,7 @@ class Cluster:
             self._doubt(min(now, self._pulse_at) - _DOUBTFUL)
         self._record("back" if ready else "away", reason)
         if ready:
+            self._back_at = now
             self._members.expect_all(owing=self._doubt_from is not None)
             self._outgoing.repeat()
             self._greet(away=None if self._doubt_from is None else now - self._doubt_from)
@@ -488,7 +490,7 @@ class Cluster:
             self._beats += 1
             try:
                 news = self._told != (self._outgoing.total, self._unaccounted)
-                if self._serves or news or self._beats % _STILL_HERE == 0:
+                if self._serves or news or self._beats % nodes.STILL_HERE == 0:
                     self._beat()
                 self._look_for_the_dead(now)
                 await self._send_marks()
@@ -501,7 +503,7 @@ class Cluster:
             if known.serves:
                 log.warning("node %s is gone: no heartbeat for %g s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
             self._remote.lose(node)
-            self._departed(node, known)
+            self._departed(node, known, published=True)  # perhaps since it was heard last
             for other, (until, since) in list(self._came_back.items()):
                 if now > until:
                     del self._came_back[other]
@@ -515,12 +517,12 @@ class Cluster:
                 if self.ready:
                     self._record("back", "every node understands this one")
 
-    def _departed(self, node: bytes, known: Known) -> None:
+    def _departed(self, node: bytes, known: Known, *, published: bool) -> None:
         """It has said goodbye, or is silent for too long. What it published while this node was away is not known."""
         if known.owes:
             known.owes = False
             self._perhaps(node.hex(), known.paths, "it went away while this node was cut off")
-        self._departures.add(node, known.total, known.paths)
+        self._departures.add(node, known.paths, published=published)
 
     def _forget(self, node: bytes) -> None:
         self._incoming.forget_node(node)
@@ -532,7 +534,7 @@ class Cluster:
             node = bytes.fromhex(each.node)
             if node == self.id or node in self._members or node in self._departures:
                 continue
-            self._departures.add(node, each.total, each.paths)
+            self._departures.add(node, each.paths, published=True)
             self._perhaps(each.node, each.paths, "it came and went while this node was cut off")
         if more:
             self._perhaps("", (), "nodes came and went while this node was cut off")
@@ -658,11 +660,13 @@ class Cluster:
             self._perhaps(node.hex(), known.paths, "it has forgotten rooms")
         if heartbeat.departed or heartbeat.more_departed:
             self._told_of_departures(heartbeat.departed, more=heartbeat.more_departed)
+        if new and self._doubt_from is not None and heartbeat.total and now - heartbeat.age < self._back_at:
+            known.owes = True  # it came while this node was away
         if heartbeat.accounted:
             known.owes = False
         if heartbeat.bye:
             self._remote.lose(node)
-            self._departed(node, known)
+            self._departed(node, known, published=heartbeat.total > 0)
             self._members.pop(node)
             self._forget(node)
             return
@@ -684,8 +688,8 @@ class Cluster:
                 return
             since = self._outgoing.turn - int(min(away, 1e9) / HEARTBEAT) - 2
             self._were_away[node] = min(since, self._were_away.get(node, since))
-            # A node that died just now is found out to be gone a little later.
-            self._came_back[node] = (now + 2 * DEAD_AFTER * HEARTBEAT, now - away)
+            # A node that died just now, unknown to this one, is found out to be gone later.
+            self._came_back[node] = (now + 2 * (nodes.STILL_HERE + DEAD_AFTER) * HEARTBEAT, now - away)
             self._beat(to=node, unsure=not self._outgoing.remembers(since), departed_since=now - away)
 
     def _look_for_strangers(self, node: bytes, known: Known) -> None:

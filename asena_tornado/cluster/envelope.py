@@ -92,10 +92,9 @@ class MessageHeader(_Header):
 
 
 class Departed(_Header):
-    """A node that came to its end: its id, what it had published in all, and its namespaces; none: they are unknown."""
+    """A node that came to its end: its id, and its namespaces; none: they are unknown."""
 
     node: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    total: Natural
     paths: tuple[str, ...] = ()
 
 

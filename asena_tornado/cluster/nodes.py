@@ -11,6 +11,7 @@ from typing import Self
 from .envelope import Departed, Heartbeat
 
 DEAD_AFTER = 3  # heartbeats without one
+STILL_HERE = 60  # heartbeats after which a node that only sends, and has nothing to send, says that it is there
 _FORGOTTEN_AFTER = 600  # heartbeats: until then a node that comes back is told what was missed meanwhile
 _DEPARTED = 1000  # nodes that are gone, remembered
 _DEPARTED_FOR = 600.0  # seconds for which they are
@@ -199,7 +200,9 @@ class Membership:
             present = known.alive or known.owes
             if ready or not present:
                 known.silent += 1
-            if present and known.silent > DEAD_AFTER:
+            # One that only sends is often silent; not when it owes an answer.
+            limit = DEAD_AFTER if known.serves or known.owes else 2 * STILL_HERE + DEAD_AFTER
+            if present and known.silent > limit:
                 known.alive = False
                 gone.append((node, known))
             elif known.silent > _FORGOTTEN_AFTER:
@@ -237,17 +240,18 @@ class Departures:
     """The nodes that came to an end lately, remembered for those that are cut off at the moment."""
 
     def __init__(self) -> None:
-        self._left: OrderedDict[bytes, tuple[float, int, tuple[str, ...]]] = OrderedDict()  # when, total, namespaces
+        # When, whether it had published anything, and its namespaces.
+        self._left: OrderedDict[bytes, tuple[float, bool, tuple[str, ...]]] = OrderedDict()
         self._forgotten_at = float("-inf")  # when the one left that was forgotten last
 
     def __contains__(self, node: object) -> bool:
         return node in self._left
 
-    def add(self, node: bytes, total: int, paths: tuple[str, ...]) -> None:
-        """It has said goodbye, or is silent for too long."""
+    def add(self, node: bytes, paths: tuple[str, ...], *, published: bool) -> None:
+        """It has said goodbye, or is silent for too long. ``published``: anything, as far as can be known."""
         now = monotonic()
         self._left.pop(node, None)
-        self._left[node] = (now, total, paths if len(paths) <= _PATHS else ())
+        self._left[node] = (now, published, paths if len(paths) <= _PATHS else ())
         while len(self._left) > _DEPARTED or next(iter(self._left.values()))[0] < now - _DEPARTED_FOR:
             _, (at, had_published, _) = self._left.popitem(last=False)
             if had_published:
@@ -260,9 +264,9 @@ class Departures:
     def since(self, at: float) -> tuple[list[Departed], bool]:
         """Those that left since then (of ``time.monotonic``) and had published, and whether there are more."""
         found = [
-            Departed(node=node.hex(), total=total, paths=paths)
-            for node, (left_at, total, paths) in self._left.items()
-            if left_at >= at and total
+            Departed(node=node.hex(), paths=paths)
+            for node, (left_at, published, paths) in self._left.items()
+            if left_at >= at and published
         ]
         return found[-_LISTED:], len(found) > _LISTED or self._forgotten_at >= at
 
