@@ -1158,6 +1158,24 @@ async def test_what_a_node_published_that_came_meanwhile_and_stays_is_known_exac
         assert len(there.gaps) == 2
 
 
+async def test_what_is_missing_before_the_first_message_of_an_unknown_node_is_reported_once_it_is_known(
+    make: Make,
+) -> None:
+    deaf = Deaf(make())
+    async with Listener(deaf, "x") as there, Listener(make(), "x") as witness:
+        await asyncio.sleep(2 * cluster.HEARTBEAT)
+        deaf.cut()
+        async with Listener(make()) as here:
+            here.say("x", "1")
+            await until(lambda: witness.received == ["1"])
+            deaf.deaf = False  # it is subscribed again, but does not know yet that it is back
+            here.say("x", "2")
+            await until(lambda: there.received == ["2"])
+            deaf.mend()
+            await until(lambda: len(there.gaps) == 1)
+            assert there.gaps == [Gap(here.cluster.id.hex(), "/chat", "x", 1)]
+
+
 async def test_who_has_told_what_was_missed_owes_nothing_when_it_goes(make: Make) -> None:
     deaf = Deaf(make())
     async with Listener(deaf, "x") as there, Listener(make(), "x") as witness:

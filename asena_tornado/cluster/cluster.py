@@ -660,8 +660,9 @@ class Cluster:
             self._perhaps(node.hex(), known.paths, "it has forgotten rooms")
         if heartbeat.departed or heartbeat.more_departed:
             self._told_of_departures(heartbeat.departed, more=heartbeat.more_departed)
-        if new and self._doubt_from is not None and heartbeat.total and now - heartbeat.age < self._back_at:
-            known.owes = True  # it came while this node was away
+        if new and self._doubt_from is not None and heartbeat.total:
+            # Did it come while this node was away? At a goodbye it is the last chance to say so: rather once too often.
+            known.owes = (started_at if heartbeat.bye else now - heartbeat.age) < self._back_at
         if heartbeat.accounted:
             known.owes = False
         if heartbeat.bye:
@@ -672,7 +673,8 @@ class Cluster:
             return
         self._departures.discard(node)
         if new:
-            self._incoming.told_of_start(node, started_at)
+            for channel, missed in self._incoming.told_of_start(node, started_at):
+                self._lost(node, channel, missed)
         self._incoming.told(node, heartbeat.total)
         if heartbeat.serves:
             self._met.set()

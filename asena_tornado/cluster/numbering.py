@@ -192,6 +192,8 @@ class Incoming:
         self._of_node: dict[bytes, set[str]] = {}  # the channels where a node's numbers are remembered
         self._totals: dict[bytes, deque[tuple[float, int]]] = {}  # of each node, as it told them, and when
         self._strange: OrderedDict[bytes, None] = OrderedDict()  # nodes that were known once, and forgotten
+        # Of nodes that have not told of themselves yet, per channel: what is missing if it was published since then.
+        self._unclear: dict[bytes, dict[str, int]] = {}
 
     @property
     def channels(self) -> list[str]:
@@ -257,6 +259,8 @@ class Incoming:
             return before  # all later than what arrived last
         self._of_node.setdefault(node, set()).add(channel)
         missing = 0
+        if before and node not in self._totals and len(self._unclear) < _PUBLISHERS:
+            self._unclear.setdefault(node, {})[channel] = before
         for at, total in self._totals.get(node, ()):
             if at >= of_channel.settled_at:
                 # It had published so much when the subscription had taken effect.
@@ -274,10 +278,20 @@ class Incoming:
         """The node has published so many messages, to all channels together."""
         self._totals_of(node).append((monotonic(), total))
 
-    def told_of_start(self, node: bytes, at: float) -> None:
-        """A node unknown until now had published nothing at this time (of ``time.monotonic``)."""
-        if node not in self._strange:  # else some of its numbers had arrived, and are forgotten
-            self._totals_of(node).append((at, 0))
+    def told_of_start(self, node: bytes, at: float) -> list[tuple[str, int]]:
+        """A node unknown until now had published nothing at this time (of ``time.monotonic``).
+
+        Returns how many are missing in which channels, of what came from it before this was known.
+        """
+        unclear = self._unclear.pop(node, {})
+        if node in self._strange:  # some of its numbers had arrived, and are forgotten
+            return []
+        self._totals_of(node).append((at, 0))
+        return [
+            (channel, before)
+            for channel, before in unclear.items()
+            if channel in self._of_node.get(node, ()) and at >= self._channels[channel].settled_at
+        ]
 
     def _totals_of(self, node: bytes) -> deque[tuple[float, int]]:
         totals = self._totals.get(node)
@@ -290,6 +304,7 @@ class Incoming:
     def forget_node(self, node: bytes) -> None:
         """It is gone for good."""
         self._totals.pop(node, None)
+        self._unclear.pop(node, None)
         for channel in self._of_node.pop(node, ()):
             del self._channels[channel].last[node]
         self._strange[node] = None
