@@ -554,7 +554,7 @@ class RedisTransport:
             and self._returned >= self._fresh_from
             and all(line.up and not line.slow for line in (self._publisher, self._subscriber))
         )
-        reason = "" if ready else self._reason
+        reason = "" if ready else self._reason or "no answer yet"
         if ready == self._ready:
             if reason != self._told:
                 self._tell(reason)
