@@ -800,6 +800,192 @@ async def test_two_addresses_that_are_not_one_redis_are_noticed(
         other.stop()
 
 
+# -- what was found in review
+
+
+@pytest.mark.parametrize(
+    "option", ["?protocol=3", "?socket_timeout=0.5", "?single_connection_client=True", "?sokcet=1"]
+)
+def test_options_in_the_url_that_cannot_work_are_refused(option: str) -> None:
+    with pytest.raises(ConfigurationError, match="RedisTransport cannot use"):
+        RedisTransport(f"redis://localhost{option}")
+
+
+async def test_a_database_that_there_is_not_is_refused(redis_server: RedisServer, prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"refuses.*DB index"):
+        async with node(RedisTransport(f"{redis_server.url}/99", prefix=prefix)):
+            pass
+
+
+async def test_a_password_that_is_found_to_be_wrong_later_may_be_repaired(
+    redis_server: RedisServer, prefix: str, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_transport, "_PATIENCE", 0.2)
+    redis_server.ask("ACL SETUSER app resetpass >other")
+    redis_server.signal(signal.SIGSTOP)
+    try:
+        transport = RedisTransport(user, prefix=prefix)
+        context = node(transport)
+        a = await context.__aenter__()
+    finally:
+        redis_server.signal(signal.SIGCONT)
+    await until(lambda: "password" in repr(a.cluster))
+    redis_server.ask("ACL SETUSER app >s3cret")
+    await until(lambda: a.ready)
+    await context.__aexit__(None, None, None)
+
+
+async def test_a_channel_that_redis_refuses_is_refused_and_named_and_no_other_suffers(
+    redis_server: RedisServer, prefix: str, user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rooms = " ".join(f"&{prefix}:{channel}" for channel in ("nodes", "node:*", "loop:*", "/chat", "/chat#open"))
+    redis_server.ask(f"ACL SETUSER app resetchannels {rooms}")
+    gaps: list[Gap] = []
+    async with (
+        node(RedisTransport(user, prefix=prefix)) as a,
+        node(RedisTransport(redis_server.url, prefix=prefix), gaps=gaps) as b,
+    ):
+        bob = await join(b, "open", "denied")
+        changes: list[bool] = []
+        changed = a.cluster.ready_changed
+
+        def note(ready: bool, reason: str) -> None:
+            changes.append(ready)
+            changed(ready, reason)
+
+        a.cluster.transport._receiver.ready_changed = note
+        assert to(a, "denied", "1").carried
+        for number in range(100):
+            assert to(a, "open", str(number)).carried
+            await asyncio.sleep(0.01)
+        assert not to(a, "denied", "2").carried
+        assert [await bob.recv() for _ in range(100)] == [str(number) for number in range(100)]
+        assert (a.ready, changes) == (True, [])
+        assert f"channel '{prefix}:/chat#denied'" in caplog.text
+        await until(lambda: gaps)
+        assert gaps == [Gap(a.cluster.id.hex(), "/chat", None, 2, certain=False)]
+        redis_server.ask(f"ACL SETUSER app resetchannels &{prefix}:*")
+        await until(lambda: to(a, "denied", "3").carried)
+        assert await bob.recv() == "3"
+
+
+async def test_a_node_that_is_behind_with_its_reading_stays_ready(
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: list[bool] = []
+
+    class Slow:
+        received = 0
+
+        def message_received(self, channel: str, payload: bytes) -> None:
+            self.received += 1
+            time.sleep(0.002)
+
+        def ready_changed(self, ready: bool, reason: str) -> None:
+            changes.append(ready)
+
+    reader, writer = (RedisTransport(redis_server.url, prefix=prefix) for _ in range(2))
+    slow = Slow()
+    await reader.start(slow)
+    reader.subscribe("x")
+    await reader.sync()
+    await writer.start(Slow())
+    for _ in range(3000):  # six seconds of work
+        assert writer.publish("x", b"1")
+    await until(lambda: slow.received == 3000)
+    await asyncio.sleep(1.5)
+    assert (reader.ready, changes) == (True, [])
+    assert "does not come back" not in caplog.text
+    await reader.stop()
+    await writer.stop()
+
+
+@pytest.mark.parametrize("denied", ["-hello", "-hello -role"])
+async def test_a_replica_is_recognised_without_hello(
+    redis_server: RedisServer, prefix: str, tmp_path: Path, denied: str
+) -> None:
+    replica = type(redis_server)(redis_server.binary, tmp_path)
+    await asyncio.to_thread(replica.start)
+    try:
+        replica.ask(f"ACL SETUSER app on >s3cret &* +@all {denied}")
+        replica.ask(f"REPLICAOF 127.0.0.1 {redis_server.port}")
+        url = replica.url.replace("redis://", "redis://app:s3cret@")
+        async with node(RedisTransport(url, prefix=prefix)) as a:
+            assert not a.ready
+            assert "READONLY: it is a replica" in repr(a.cluster)
+            replica.ask("REPLICAOF NO ONE")
+            await until(lambda: a.ready)
+    finally:
+        replica.stop()
+
+
+async def test_stopping_just_when_a_silent_connection_is_given_up(redis_server: RedisServer, prefix: str) -> None:
+    transport = RedisTransport(redis_server.url, prefix=prefix, timeout=0.5)
+    await transport.start(Silent())
+    line = transport._subscriber
+    stopping: list[asyncio.Task[None]] = []
+    tick = line.tick
+
+    def spy(*, owes: bool) -> None:
+        tick(owes=owes)
+        session = line._session
+        if session is not None and session.cancelling() and not stopping:
+            stopping.append(asyncio.create_task(transport.stop()))
+
+    line.tick = spy  # type: ignore[method-assign]
+    redis_server.signal(signal.SIGSTOP)
+    try:
+        await until(lambda: stopping)
+        async with asyncio.timeout(5):
+            await stopping[0]
+    finally:
+        redis_server.signal(signal.SIGCONT)
+
+
+class Silent:
+    def message_received(self, channel: str, payload: bytes) -> None: ...
+
+    def ready_changed(self, ready: bool, reason: str) -> None: ...
+
+
+async def test_a_message_larger_than_all_that_may_wait_is_refused(
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = RedisTransport(redis_server.url, prefix=prefix, max_pending_bytes=2_000_000)
+    await transport.start(Silent())
+    assert transport.publish("x", bytes(1_000_000))
+    await transport.sync()
+    assert not transport.publish("x", bytes(3_000_000))
+    assert "it is too large" in caplog.text
+    await transport.sync()
+    await transport.stop()
+
+
+async def test_syncing_waits_for_every_subscription_before_it(
+    redis_server: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    send = redis_transport._send
+
+    async def spy(connection: Any, data: bytes) -> None:
+        if b"SUBSCRIBE" in data[:20] or b"PING" in data[:20]:
+            sent.append(data)
+            await asyncio.sleep(0.05)  # as when Redis reads slowly
+        await send(connection, data)
+
+    transport = RedisTransport(redis_server.url, prefix=prefix)
+    await transport.start(Silent())
+    await transport.sync()
+    monkeypatch.setattr(redis_transport, "_send", spy)
+    transport.subscribe("first")
+    await until(lambda: sent)
+    transport.subscribe("second")  # while the first one is being written
+    await transport.sync()
+    ping = max(i for i, data in enumerate(sent) if data.endswith(b"\r\n%d\r\n" % transport._pongs))
+    assert any(b":second" in data for data in sent[:ping])
+    await transport.stop()
+
+
 @pytest.mark.slow
 async def test_fifty_nodes_in_one_process_rest(redis_server: RedisServer, prefix: str) -> None:
     async with AsyncExitStack() as stack:

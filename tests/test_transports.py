@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from asena_tornado import ServerStateError
 from asena_tornado.transports import LocalTransport, RedisTransport, Transport
 
 if TYPE_CHECKING:
@@ -233,3 +234,23 @@ async def test_two_transports_are_equal_when_they_connect_the_same_channels(make
     assert make() == make()
     assert hash(make()) == hash(make())
     assert make() != LocalTransport("another")
+
+
+async def test_one_that_is_in_use_cannot_be_started_again(make: Make) -> None:
+    async with nodes(make, 1) as (a,):
+        with pytest.raises(ServerStateError, match="in use"):
+            await a.transport.start(a)
+
+
+async def test_stopping_twice_at_once_and_starting_again(make: Make) -> None:
+    async with nodes(make, 2) as (a, b):
+        a.transport.publish("x", b"before")
+        stopping = [asyncio.create_task(a.transport.stop()) for _ in range(2)]
+        await asyncio.sleep(0)
+        await a.transport.stop()
+        a.transport.subscribe("x")
+        await a.transport.start(a)
+        await asyncio.gather(*stopping)
+        await a.transport.sync()
+        assert b.transport.publish("x", b"after")
+        assert await a.receive(1) == [("x", b"after")]

@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 class _RemoteNamespace:
-    """A namespace as Ulak needs it, all of whose sockets are on other nodes."""
+    """A namespace none of whose sockets are here: what `Ulak` uses of one."""
 
     def __init__(self, path: str, link: Cluster) -> None:
         self.path = path
@@ -32,16 +32,18 @@ class _RemoteNamespace:
 
     def to(self, rooms: tuple[str, ...], message: Message) -> int:
         for room in rooms:
-            self.link.check(room)
+            self.link.check(room, self.path)
         return self._publish(rooms, message)
 
     def room_names(self, rooms: str | Iterable[str]) -> tuple[str, ...]:
-        return room_names(rooms)  # how long they may be, the servers know
+        return room_names(rooms)  # the servers may have a lower limit for their length, unknown here
 
     def in_(self, message: Message) -> int:
+        self.link.check("", self.path)
         return self._publish(None, message)
 
     def _publish(self, rooms: tuple[str, ...] | None, message: Message) -> int:
+        self.link.announce(self.path)
         if not self.link.publish(self.path, rooms, message, ()):
             reason = self.link.why_not_ready or "it is too slow"
             raise TransportError(f"{self.link.transport!r} did not take the message, or not for every node: {reason}")
@@ -117,15 +119,29 @@ class UlakClient(Ulak):
 
     async def _run(self, work: Callable[[], Awaitable[R]]) -> R:
         async def carried() -> R:
+            cluster = self._cluster
+            before = 0 if cluster is None else cluster.interruptions
+            lost = self._lost
             result = await work()
-            # Sending means nothing until somebody else has the message: this process may end right away.
+            # A message counts as sent only when the bus has it: this process may end right away.
             try:
                 await self._transport.sync()
             except TransportError as error:
                 raise UlakError(str(error), code=UlakErrorCode.SEND_FAILED) from error
+            # In a work of several messages the connection may have been lost and made again meanwhile.
+            if (cluster is not None and cluster.interruptions != before) or self._lost != lost:
+                raise UlakError(
+                    f"{self._transport!r} was interrupted meanwhile: what was sent before may not have arrived",
+                    code=UlakErrorCode.SEND_FAILED,
+                )
             return result
 
         return await super()._run(carried)
+
+    @property
+    def _lost(self) -> int:
+        """Messages that the transport took and the bus then refused, where the transport counts them."""
+        return getattr(self._transport, "lost", 0)
 
     def __repr__(self) -> str:
         return f"<UlakClient {'connected' if self._cluster else 'not connected'}, by {self._transport!r}>"

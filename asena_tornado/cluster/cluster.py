@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import platform
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from inspect import isawaitable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +18,10 @@ from ..errors import RoomNameError, TransportError, must_propagate
 from ..transports import Transport
 from ..websocket.messages import Message, valid_close_code
 from ..websocket.namespace import Namespace, NamespaceObserver
+from . import nodes
 from .envelope import (
     VERSION,
+    Departed,
     Envelope,
     EnvelopeError,
     Heartbeat,
@@ -36,7 +37,7 @@ from .envelope import (
     parse_message_header,
     unpack,
 )
-from .nodes import DEAD_AFTER, Count, Gap, Known, Membership, Node
+from .nodes import DEAD_AFTER, Count, Departures, Gap, Known, Membership, Node
 from .numbering import LATE, UNWANTED, Incoming, Numbers, Outgoing
 from .remote import Listing, Remote
 
@@ -47,10 +48,18 @@ log = logging.getLogger("asena_tornado")
 
 HEARTBEAT = 1.0  # seconds between heartbeats
 _DOUBTFUL = 15.0  # seconds before a connection was found broken in which messages may have been lost already
-_MARKS = 1000  # that are sent before everything else on the loop has its turn
-_REMEMBERED = 4096  # messages to several rooms, which may arrive once more through another channel
+_MARKS = 1000  # that are looked at before everything else on the loop has its turn
+_MARKS_AT_ONCE = 20_000  # as a node stops: so many are sent before the bus is asked whether it has them
+_PATIENCE = 30  # heartbeats after which a bus that does not say whether it has the marks is told them again
+_GOODBYE = 2.0  # seconds that stopping waits for the bus to take them
+_COMPLAINTS = 4096  # nodes of other releases that the log is told of
 _SEVERAL = 8  # rooms; a message to more of them is sent once, to every node that has the namespace
 _NAME = 200  # characters of a node's name
+_CHANNEL = 4096  # bytes of a channel's name, as `Transport` promises
+# Bytes of a heartbeat that list namespaces, and those with something unaccounted for; all of it stays under 1 kB.
+_LISTED, _LISTED_UNACCOUNTED = 400, 200
+_SENT_TO = 100  # namespaces that a node without any of its own remembers to have sent to
+_KINDS = frozenset(Kind)
 
 _NODES = "nodes"  # the channel of every node; a namespace's begin with "/"
 
@@ -84,45 +93,83 @@ class Cluster:
         self.missed = 0  # messages of other nodes known to be lost
         self.late = 0  # messages that came twice, or after later ones, and were dropped
         self.rejected = 0  # envelopes that were malformed or foreign
-        self.id = uuid.uuid4().bytes
+        self.interruptions = 0  # how often the transport has ceased to be ready
         self._serves = serves
+        self._describe = describe
         self._name = f"{platform.node()}:{os.getpid()}"[-_NAME:]
         self._namespaces: Mapping[str, Namespace] = {}
         self._interests: dict[str, _Interest] = {}  # by namespace
-        self._members = Membership()
-        self._remote = Remote(self, describe)
-        self._outgoing = Outgoing(self._mark, self._cannot_account)
-        self._incoming = Incoming(self._members.is_alive)
-        self._copies = 0  # messages to several rooms, numbered
-        self._delivered: OrderedDict[tuple[bytes, int], None] = OrderedDict()
-        self._unaccounted: dict[str, int] = {}  # by namespace
-        self._told: dict[str, int] = {}  # of that, what a heartbeat has said
+        self._sent_to: dict[str, int] = {}  # namespaces, by a node that has none itself
         self._foreign: dict[bytes, tuple[int, float]] = {}  # nodes of other releases: version, and heard when
         self._complained: set[bytes] = set()  # about which of them the log has been told
         self._strangers = False  # somebody shares the channels who seems to be another application
         self._task: asyncio.Task[None] | None = None
         self._confirming: asyncio.Task[None] | None = None
+        self._meeting: asyncio.Task[None] | None = None
+        self._handling: set[asyncio.Future[Any]] = set()  # what `on_gap` has returned to be awaited
+        self._warned_at = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be a new node, about which nobody knows anything, and which knows nobody."""
+        self.id = uuid.uuid4().bytes
+        self._members = Membership()
+        self._departures = Departures()
+        self._remote = Remote(self, self._describe)
+        self._remote.namespaces = self._namespaces
+        self._outgoing = Outgoing(self._mark, self._cannot_account)
+        self._incoming = Incoming(self._members.is_alive)
+        self._copies = 0  # messages to several rooms, numbered
+        self._delivered: dict[bytes, int] = {}  # by node, of its messages to several rooms the one delivered last
+        self._unaccounted: dict[str, int] = {}  # by namespace; "": in any
+        self._told: tuple[int, dict[str, int]] = (0, {})  # the total, and of these, what a heartbeat has said last
+        self._beat_at = 0.0  # when that was
+        self._beats = 0
+        self._next_listed = 0  # the namespace with which the next heartbeat begins
+        self._were_away: dict[bytes, int] = {}  # nodes to be told what they missed: everything since this turn
+        self._came_back: dict[bytes, tuple[float, float]] = {}  # nodes that were away: until when, and since when
+        self._started_at = 0.0
         self._was_ready = False  # the transport, as it was told last
         self._reason = ""  # why the transport is not ready
-        self._knows_all_at = 0.0
+        self.settled = False  # it is clear which nodes there are
         self._pulse_at = 0.0  # when the last turn of `_keep_beating` began
         self._doubt_from: float | None = None  # when messages may have begun to be lost
-        self._met = asyncio.Event()
-        self._warned_at = 0.0
+        self._back_at = 0.0  # when the transport became ready again
+        self._met = asyncio.Event()  # somebody, or it is clear that there is nobody
+        self._ended = False
 
     # -- coming and going
 
     async def start(self) -> None:
         """Connect, and begin to receive. Raises what `Transport.start` raises."""
+        if self._ended:
+            channels = [channel for channel in self._incoming.channels if channel.startswith("/")]
+            self._begin()
+            for channel in channels:
+                self._subscribe(channel)
         self._subscribe(_NODES)
         self._subscribe(self._own_channel)
+        self._started_at = monotonic()
         await self.transport.start(self)
         self._was_ready = self.transport.ready
-        # Whoever is there answers a greeting at once; and sends a heartbeat within one interval in any case.
-        self._knows_all_at = monotonic() + 1.2 * HEARTBEAT
         self._pulse_at = monotonic()
-        self._beat(hello=True)
         self._task = asyncio.get_running_loop().create_task(self._keep_beating())
+        self._greet()
+
+    def _greet(self, away: float | None = None) -> None:
+        """Whoever is there answers a greeting at once; and sends a heartbeat within one interval in any case."""
+        self.settled = False
+        self._beat(hello=True, away=away)
+        if self._meeting is not None:
+            self._meeting.cancel()
+        self._meeting = asyncio.get_running_loop().create_task(self._meet())
+
+    async def _meet(self) -> None:
+        for _ in range(12):  # in small steps: while this process stands still, nobody's answer is read
+            await asyncio.sleep(HEARTBEAT / 10)
+        self.settled = True
+        self._met.set()
+        self._remote.settle()
 
     def serve(self, namespaces: Mapping[str, Namespace]) -> None:
         """Connect these namespaces, and no others any more, with those of the same path on other nodes."""
@@ -143,28 +190,48 @@ class Cluster:
             self._subscribe(path)
             for room in namespace.index.names:
                 self._subscribe(channel_of(path, room))
+        for node, known in self._members:
+            self._look_for_strangers(node, known)
 
     async def stop(self) -> None:
         """Say goodbye and disconnect. Idempotent."""
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        if self._confirming is not None:
-            self._confirming.cancel()
-            self._outgoing.repeat()
-        for _ in self._outgoing.quiet(all=True):
-            pass
-        self._beat(bye=True)
+        self._ended = True
+        tasks = [each for each in (task, self._confirming, self._meeting) if each is not None]
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        self._outgoing.repeat()
+        await self._tell_those_who_were_away()
+        for number, _ in enumerate(self._outgoing.quiet(all=True, ready=False), 1):
+            if number % _MARKS == 0:
+                await asyncio.sleep(0)
+            if number % _MARKS_AT_ONCE == 0 and not await self._has_reached_the_bus():
+                break
+        if not self._beat(bye=True) and await self._has_reached_the_bus():
+            self._beat(bye=True)
         if self._outgoing.unmarked:
             log.error(
-                "%r: stopped while not ready; what was published last to %s room(s) may not have reached other nodes, "
-                "and they cannot be told",
+                "%r: stopped, and could not tell the other nodes what was published last to %s room(s): what of it "
+                "did not arrive, they will never know",
                 self.transport,
                 self._outgoing.unmarked,
             )
         self._remote.stop()
         await self.transport.stop()
+        if self._handling:
+            await asyncio.wait(self._handling, timeout=_GOODBYE)
+            for handling in list(self._handling):
+                handling.cancel()
+
+    async def _has_reached_the_bus(self) -> bool:
+        try:
+            await asyncio.wait_for(self.transport.sync(), _GOODBYE)
+        except (TransportError, TimeoutError):
+            return False
+        return True
 
     @property
     def ready(self) -> bool:
@@ -217,14 +284,30 @@ class Cluster:
                 taken = False
         return taken
 
+    def announce(self, path: str) -> None:
+        """A node that only sends is about to publish to this namespace.
+
+        It sends no heartbeats while it is idle; so that others can tell whether they miss the first of its messages,
+        it says beforehand how many there were until now.
+        """
+        if len(self._sent_to) < _SENT_TO:
+            self._sent_to[path] = 0
+        if monotonic() - self._beat_at > HEARTBEAT:
+            self._beat()
+
     @staticmethod
-    def check(room: str) -> None:
+    def check(room: str, path: str = "") -> None:
         """Raise `RoomNameError` for what cannot name a channel."""
         if not room.isascii():
             try:
                 room.encode()
             except UnicodeEncodeError as error:
                 raise RoomNameError(f"a room shared between nodes needs a name in Unicode: {error}") from None
+        if 3 * (len(path) + len(room)) >= _CHANNEL and len(channel_of(path, room).encode()) > _CHANNEL:
+            raise RoomNameError(
+                f"a room shared between nodes needs a name that has, with its namespace's, at most {_CHANNEL - 1} "
+                f"bytes; {room[:20]!r}… has {len(room.encode())}"
+            )
 
     def subscribe(self, path: str, room: str) -> None:
         """The room has its first local member."""
@@ -255,6 +338,9 @@ class Cluster:
                 self._message(channel, envelope)
             elif kind == Kind.MARK:
                 self._marked(channel, envelope)
+            elif kind not in _KINDS:
+                if envelope.version <= VERSION:
+                    raise EnvelopeError(f"unknown kind {kind}")
             elif channel not in (_NODES, self._own_channel):
                 raise EnvelopeError(f"kind {kind} does not belong in {channel!r}")
             elif kind == Kind.HEARTBEAT:
@@ -262,11 +348,9 @@ class Cluster:
             elif kind == Kind.REQUEST:
                 request = parse(Request, envelope.header)
                 if self._serves:
-                    self._remote.request(envelope.node, request, envelope.body)
-            elif kind == Kind.REPLY:
+                    self._remote.request(envelope.node, request, envelope.body, newer=envelope.version > VERSION)
+            else:
                 self._remote.reply(envelope.node, parse(Reply, envelope.header), envelope.body)
-            elif envelope.version <= VERSION:
-                raise EnvelopeError(f"unknown kind {kind}")
         except VersionError as error:
             if error.node != self.id:
                 self.rejected += 1
@@ -280,7 +364,9 @@ class Cluster:
     def _message(self, channel: str, envelope: Envelope) -> None:
         header = parse_message_header(envelope.header)
         path, rooms = header.path, header.rooms
-        if channel != path and (rooms is None or channel not in [channel_of(path, room) for room in rooms]):
+        if channel != path and not (
+            rooms and (channel == f"{path}#{rooms[0]}" or any(channel == channel_of(path, room) for room in rooms[1:]))
+        ):
             raise EnvelopeError(f"it says that it is for {path!r}, {rooms}")
         message = message_of(header.opcode, envelope.body)
         missed = self._incoming.arrived(channel, envelope.node, envelope.epoch, envelope.sequence)
@@ -292,12 +378,10 @@ class Cluster:
                 return
             self._lost(envelope.node, channel, missed)
         if envelope.copy:
-            key = (envelope.node, envelope.copy)
-            if key in self._delivered:
+            # One node's messages arrive in their order, in all channels together: so do all copies of each.
+            if envelope.copy <= self._delivered.get(envelope.node, 0):
                 return
-            self._delivered[key] = None
-            if len(self._delivered) > _REMEMBERED:
-                self._delivered.popitem(last=False)
+            self._delivered[envelope.node] = envelope.copy
         namespace = self._namespaces.get(path)
         if namespace is not None:
             namespace.deliver(rooms, message, header.excluded)
@@ -310,9 +394,8 @@ class Cluster:
     def _not_understood(self, error: VersionError) -> None:
         if error.node not in self._foreign and self.ready:
             self._record("away", str(error))
-        if error.node not in self._complained:
-            if len(self._complained) < _REMEMBERED:
-                self._complained.add(error.node)
+        if error.node not in self._complained and len(self._complained) < _COMPLAINTS:
+            self._complained.add(error.node)
             log.error(
                 "node %s runs another release of asena_tornado, and does not understand this one: %s. Nothing passes "
                 "between them: run the same release everywhere",
@@ -331,15 +414,20 @@ class Cluster:
         self._was_ready = ready
         now = monotonic()
         if not ready:
+            self.interruptions += 1
             # It may have been broken long before it was found to be; longer still if this process stood still.
-            doubt_from = min(now, self._pulse_at) - _DOUBTFUL
-            self._doubt_from = doubt_from if self._doubt_from is None else min(self._doubt_from, doubt_from)
+            self._doubt(min(now, self._pulse_at) - _DOUBTFUL)
         self._record("back" if ready else "away", reason)
         if ready:
-            self._members.expect_all()
-            self._knows_all_at = now + 1.2 * HEARTBEAT
+            self._back_at = now
+            self._members.expect_all(owing=self._doubt_from is not None)
             self._outgoing.repeat()
-            self._beat(hello=True, away=None if self._doubt_from is None else now - self._doubt_from)
+            self._greet(away=None if self._doubt_from is None else now - self._doubt_from)
+
+    def _doubt(self, since: float) -> None:
+        """Messages may have been lost since then."""
+        since = max(since, self._started_at)
+        self._doubt_from = since if self._doubt_from is None else min(self._doubt_from, since)
 
     def _record(self, kind: Literal["away", "back"], detail: str) -> None:
         for namespace in self._namespaces.values():
@@ -361,11 +449,21 @@ class Cluster:
         self._warn("%s of node %s to %r did not arrive", what, gap.node[:8], where)
         if self.on_gap is not None:
             try:
-                self.on_gap(gap)
+                result = self.on_gap(gap)
+                if isawaitable(result):
+                    task = asyncio.ensure_future(_handle(result))
+                    self._handling.add(task)
+                    task.add_done_callback(self._handling.discard)
             except BaseException as error:  # the user's own code
                 if must_propagate(error):
                     raise
                 log.exception("on_gap failed")
+
+    def _perhaps(self, node: str, paths: tuple[str, ...], why: str) -> None:
+        """An unknown number of a node's messages to these namespaces (none: to any) did not arrive, if any."""
+        for path in list(self._namespaces):
+            if not paths or path in paths:
+                self._gap(Gap(node, path, None, 0, certain=False), f"perhaps some messages, as {why},")
 
     def _warn(self, text: str, *args: object) -> None:
         """Once a second at most: whoever floods the channels must not flood the log as well."""
@@ -384,13 +482,15 @@ class Cluster:
             now = monotonic()
             if now - self._pulse_at > 2 * HEARTBEAT:
                 # This process stood still; if a connection broke meanwhile, that will be found out just now.
-                self._doubt_from = min(self._doubt_from or now, self._pulse_at - _DOUBTFUL)
+                self._doubt(self._pulse_at - _DOUBTFUL)
                 self._members.expect_all()
-            elif self._doubt_from is not None and self.transport.ready and now > self._knows_all_at:
+            elif self._doubt_from is not None and self.transport.ready and self.settled:
                 self._doubt_from = None
             self._pulse_at = now
+            self._beats += 1
             try:
-                if self._serves or self._told != self._unaccounted:
+                news = self._told != (self._outgoing.total, self._unaccounted)
+                if self._serves or news or self._beats % nodes.STILL_HERE == 0:
                     self._beat()
                 self._look_for_the_dead(now)
                 await self._send_marks()
@@ -399,34 +499,83 @@ class Cluster:
 
     def _look_for_the_dead(self, now: float) -> None:
         gone, forgotten = self._members.pulse(ready=self.transport.ready)
-        for node in gone:
-            log.warning("node %s is gone: no heartbeat for %g s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
+        for node, known in gone:
+            if known.serves:
+                log.warning("node %s is gone: no heartbeat for %g s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
             self._remote.lose(node)
+            self._departed(node, known, published=True)  # perhaps since it was heard last
+            for other, (until, since) in list(self._came_back.items()):
+                if now > until:
+                    del self._came_back[other]
+                else:  # the one that is gone may have been there, unknown to it, while it was away
+                    self._beat(to=other, departed_since=since)
         for node in forgotten:
-            self._incoming.forget_node(node)
+            self._forget(node)
         for node, (_, heard_at) in list(self._foreign.items()):
             if now - heard_at > DEAD_AFTER * HEARTBEAT:
                 del self._foreign[node]
                 if self.ready:
                     self._record("back", "every node understands this one")
 
+    def _departed(self, node: bytes, known: Known, *, published: bool) -> None:
+        """It has said goodbye, or is silent for too long. What it published while this node was away is not known."""
+        if known.owes:
+            known.owes = False
+            self._perhaps(node.hex(), known.paths, "it went away while this node was cut off")
+        self._departures.add(node, known.paths, published=published)
+
+    def _forget(self, node: bytes) -> None:
+        self._incoming.forget_node(node)
+        self._delivered.pop(node, None)
+
+    def _told_of_departures(self, departed: tuple[Departed, ...], *, more: bool) -> None:
+        """While this node was away, nodes were there that it has never heard of."""
+        for each in departed:
+            node = bytes.fromhex(each.node)
+            if node == self.id or node in self._members or node in self._departures:
+                continue
+            self._departures.add(node, each.paths, published=True)
+            self._perhaps(each.node, each.paths, "it came and went while this node was cut off")
+        if more:
+            self._perhaps("", (), "nodes came and went while this node was cut off")
+
     async def _send_marks(self) -> None:
         """Mark the channels that have fallen silent, again and again until the bus is known to have the marks."""
         self._outgoing.turn += 1
-        for number, _ in enumerate(self._outgoing.quiet(), 1):
+        await self._tell_those_who_were_away()
+        for number, _ in enumerate(self._outgoing.quiet(ready=self.transport.ready), 1):
             if number % _MARKS == 0:
                 await asyncio.sleep(0)
         if self._outgoing.unconfirmed and (self._confirming is None or self._confirming.done()):
             self._confirming = asyncio.get_running_loop().create_task(self._confirm())
 
+    async def _tell_those_who_were_away(self) -> None:
+        """Mark every channel used meanwhile, for all of them together."""
+        if not self._were_away:
+            return
+        told, self._were_away = self._were_away, {}
+        refused = 0
+        for number, taken in enumerate(self._outgoing.remark(min(told.values())), 1):
+            refused = 0 if taken else refused + 1
+            if refused == _MARKS:
+                break
+            if number % _MARKS == 0:
+                await asyncio.sleep(0)
+        if refused and (refused == _MARKS or not self.transport.ready):
+            self._were_away = {**told, **self._were_away}
+            return
+        for node in told:
+            self._beat(to=node, accounted=True)
+
     async def _confirm(self) -> None:
-        marks = self._outgoing.sent()
+        self._outgoing.confirm()
         try:
-            await self.transport.sync()
-        except TransportError:
+            async with asyncio.timeout(_PATIENCE * HEARTBEAT):
+                await self.transport.sync()
+        except (TransportError, TimeoutError):
             self._outgoing.repeat()
         else:
-            self._outgoing.confirm(marks)
+            self._outgoing.confirmed()
 
     def _mark(self, channel: str, numbers: Numbers) -> bool:
         payload = pack(self.id, Kind.MARK, b"", epoch=numbers.epoch, sequence=numbers.last)
@@ -435,7 +584,33 @@ class Cluster:
     def _cannot_account(self, channel: str, count: int) -> None:
         if count > 0:
             path = channel.partition("#")[0]
+            if (
+                path not in self._unaccounted
+                and sum(len(each) + 12 for each in self._unaccounted) > _LISTED_UNACCOUNTED
+            ):
+                path = ""
             self._unaccounted[path] = self._unaccounted.get(path, 0) + count
+
+    def _some_sockets(self) -> dict[str, int]:
+        """How many there are in as many namespaces as a heartbeat may list: the next time in others."""
+        paths = list(self._namespaces if self._serves else self._sent_to)
+        listed: dict[str, int] = {}
+        size = 0
+        for number in range(len(paths)):
+            path = paths[(self._next_listed + number) % len(paths)]
+            size += len(path) + 12
+            if size > _LISTED and listed:
+                break
+            listed[path] = len(self._namespaces[path].sockets) if self._serves else 0
+        self._next_listed = (self._next_listed + len(listed)) % max(1, len(paths))
+        return listed
+
+    @property
+    def _number_of_namespaces(self) -> int:
+        if self._serves:
+            return len(self._namespaces)
+        number = len(self._sent_to)
+        return number if number < _SENT_TO else number + 1  # there may be more
 
     def _beat(
         self,
@@ -445,55 +620,82 @@ class Cluster:
         bye: bool = False,
         to: bytes | None = None,
         unsure: bool = False,
+        accounted: bool = False,
+        departed_since: float | None = None,
     ) -> bool:
         unaccounted = dict(self._unaccounted)
-        heartbeat = {
+        total = self._outgoing.total
+        now = monotonic()
+        heartbeat: dict[str, object] = {
             "name": self._name,
-            "sockets": {path: len(namespace.sockets) for path, namespace in self._namespaces.items()},
+            "sockets": self._some_sockets(),
+            "namespaces": self._number_of_namespaces,
             "serves": self._serves,
-            "hello": hello,
-            "away": away,
-            "bye": bye,
-            "total": self._outgoing.total,
+            "age": round(now - self._started_at, 3),
+            "total": total,
             "unaccounted": unaccounted,
-            "unsure": unsure,
         }
+        if hello:
+            heartbeat |= {"hello": True, "away": away}
+        if departed_since is not None:
+            departed, more = self._departures.since(departed_since)
+            heartbeat |= {"departed": [each.model_dump() for each in departed], "more_departed": more}
+        heartbeat |= {name: True for name, on in (("bye", bye), ("unsure", unsure), ("accounted", accounted)) if on}
         taken = self._send(_NODES if to is None else _node_channel(to), Kind.HEARTBEAT, to_json(heartbeat))
         if taken and to is None:
-            self._told = unaccounted
+            self._told = (total, unaccounted)
+            self._beat_at = now
         return taken
 
     def _heartbeat(self, node: bytes, heartbeat: Heartbeat) -> None:
+        now = monotonic()
+        # When it was there already, earlier rather than later: this may have been under way for a while.
+        started_at = now - heartbeat.age - HEARTBEAT
         gone_for = self._members.gone_for(node)
-        known, unaccounted, new = self._members.hear(node, heartbeat)
+        known, unaccounted, new = self._members.hear(node, heartbeat, started=started_at > self._started_at)
         for path, count in unaccounted.items():
-            if path in self._namespaces:
-                self._gap(Gap(node.hex(), path, None, count, certain=False), f"up to {count} message(s) to rooms")
+            for each in self._namespaces if path == "" else (path,) if path in self._namespaces else ():
+                self._gap(Gap(node.hex(), each, None, count, certain=False), f"up to {count} message(s) to rooms")
         if heartbeat.unsure:
-            for path in heartbeat.sockets.keys() & self._namespaces.keys():
-                self._gap(Gap(node.hex(), path, None, 0, certain=False), "an unknown number of messages to rooms")
+            self._perhaps(node.hex(), known.paths, "it has forgotten rooms")
+        if heartbeat.departed or heartbeat.more_departed:
+            self._told_of_departures(heartbeat.departed, more=heartbeat.more_departed)
+        if new and self._doubt_from is not None and heartbeat.total:
+            # Did it come while this node was away? At a goodbye it is the last chance to say so: rather once too often.
+            known.owes = (started_at if heartbeat.bye else now - heartbeat.age) < self._back_at
+        if heartbeat.accounted:
+            known.owes = False
         if heartbeat.bye:
             self._remote.lose(node)
+            self._departed(node, known, published=heartbeat.total > 0)
             self._members.pop(node)
-            self._incoming.forget_node(node)
+            self._forget(node)
             return
+        self._departures.discard(node)
+        if new:
+            for channel, missed in self._incoming.told_of_start(node, started_at):
+                self._lost(node, channel, missed)
         self._incoming.told(node, heartbeat.total)
         if heartbeat.serves:
             self._met.set()
-            if new:
-                self._look_for_strangers(node, known)
+            self._look_for_strangers(node, known)
             if gone_for is not None:
                 # Neither side's connection need have been broken, if the bus itself was in two parts.
                 self._beat(hello=True, away=gone_for + _DOUBTFUL, to=node)
         if heartbeat.hello:
-            unsure = False
-            if heartbeat.away is not None:
-                unsure = not self._outgoing.remark(self._outgoing.turn - int(heartbeat.away / HEARTBEAT) - 2)
-            if self._serves or unsure:
-                self._beat(to=node, unsure=unsure)
+            away = heartbeat.away
+            if away is None:
+                if self._serves:
+                    self._beat(to=node)
+                return
+            since = self._outgoing.turn - int(min(away, 1e9) / HEARTBEAT) - 2
+            self._were_away[node] = min(since, self._were_away.get(node, since))
+            # A node that died just now, unknown to this one, is found out to be gone later.
+            self._came_back[node] = (now + 2 * (nodes.STILL_HERE + DEAD_AFTER) * HEARTBEAT, now - away)
+            self._beat(to=node, unsure=not self._outgoing.remembers(since), departed_since=now - away)
 
     def _look_for_strangers(self, node: bytes, known: Known) -> None:
-        if self._strangers or not self._serves or not known.sockets or not self._namespaces:
+        if self._strangers or not self._serves or not known.paths or not self._namespaces:
             return
         if known.sockets.keys().isdisjoint(self._namespaces):
             self._strangers = True
@@ -521,16 +723,9 @@ class Cluster:
         """The ids of the other nodes that are there."""
         return self._members.alive
 
-    @property
-    def unknown_for(self) -> float:
-        """Seconds until it is clear which nodes there are; 0 or less when it is."""
-        return self._knows_all_at - monotonic()
-
     async def until_somebody_answers(self) -> None:
         """Return when a node is known, or when it is clear that there is none."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, self.unknown_for)):
-                await self._met.wait()
+        await self._met.wait()
 
     async def count_sockets(self, path: str | None = None, *, timeout: float = 2.0) -> Count:
         """How many sockets there are in the namespace, or in all of them, on all nodes.
@@ -609,6 +804,13 @@ class _Interest(NamespaceObserver):
         """Unsubscribe with the last."""
         if last:
             self._cluster.unsubscribe(self._path, room)
+
+
+async def _handle(result: Awaitable[object]) -> None:
+    try:
+        await result
+    except Exception:  # the user's own code
+        log.exception("on_gap failed")
 
 
 def _node_channel(node: bytes) -> str:

@@ -91,29 +91,43 @@ class MessageHeader(_Header):
     opcode: Literal[0x1, 0x2]
 
 
+class Departed(_Header):
+    """A node that came to its end: its id, and its namespaces; none: they are unknown."""
+
+    node: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    paths: tuple[str, ...] = ()
+
+
 class Heartbeat(_Header):
-    """A node is there. Its size depends on the node's namespaces, not on what it publishes."""
+    """A node is there. It stays under 1 kB, whatever the node publishes and however many namespaces it has."""
 
     name: str
-    sockets: dict[str, Natural]  # how many, per namespace
+    # Sockets per namespace; of one that only sends, the namespaces it has sent to. With very many namespaces each
+    # heartbeat lists some of them, in turn; ``namespaces`` says how many there are.
+    sockets: dict[str, Natural]
+    namespaces: Natural = 0
     serves: bool = True  # or only sends
+    age: Annotated[float, Field(ge=0, lt=1e12)] = 0.0  # seconds since it started, and had published nothing
     hello: bool = False  # it has just come, or come back: introduce yourselves
     away: float | None = None  # with hello: seconds for which it may have missed messages
     bye: bool = False
     total: Natural = 0  # messages that it has published to all channels together
-    # Per namespace, messages to rooms that it no longer remembers and that may not have gone out; ever.
+    # Per namespace, messages to rooms that it no longer remembers and that may not have gone out; ever. "": in any.
     unaccounted: dict[str, Natural] = {}
     unsure: bool = False  # in the answer to a hello: it has forgotten rooms that it published to since
+    accounted: bool = False  # to one that was away: every channel used meanwhile has been marked
+    departed: tuple[Departed, ...] = ()  # to one that was away: who came to an end meanwhile
+    more_departed: bool = False  # and others, too many to list or to remember
 
 
 Operation = Literal["find", "send", "join", "leave", "disconnect", "sockets"]
 
 
 class Request(_Header):
-    """Something to be done with sockets of another node."""
+    """Something to be done with sockets of another node: an `Operation`, or what a later release adds to these."""
 
     id: str
-    operation: Operation
+    operation: str
     path: str | None = None
     socket: str = ""
     room: str = ""
@@ -124,12 +138,15 @@ class Request(_Header):
 
 
 class Reply(_Header):
-    """What came of it: ``done``, or not, and perhaps why not. ``listed``: of ``total`` sockets, those described."""
+    """What came of it. ``listed``: of ``total`` sockets, those described.
+
+    ``done`` is False when there is no such socket or, with an ``error``, when the node cannot do this at all.
+    """
 
     id: str
     done: bool
     error: str = ""
-    refused: bool = False  # the node may not do what was asked; ``error`` says why
+    refused: bool = False  # the node's own limits forbid what was asked; ``error`` says which
     total: Natural = 0
     listed: Natural = 0
 
@@ -234,6 +251,7 @@ def message_of(opcode: int, body: bytes) -> Message:
 
 __all__ = [
     "VERSION",
+    "Departed",
     "Envelope",
     "EnvelopeError",
     "Heartbeat",

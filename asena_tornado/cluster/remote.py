@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 
 from pydantic_core import from_json, to_json
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _LOCATED = 10_000  # sockets of other nodes
 _LISTING = 1024 * 1024  # bytes of the descriptions of sockets in one reply
+_TICK = 0.1  # seconds: what counts at most of a pause, in which nobody's answer was read
+_OPERATIONS = frozenset(get_args(Operation))
 
 
 class Listing(NamedTuple):
@@ -43,8 +45,13 @@ class _Question:
     missing: set[bytes]
     first: bool  # the first that says "done" is enough
     answered: asyncio.Future[None]
+    settled: bool  # it is known which nodes there are
     replies: dict[bytes, tuple[Reply, bytes]] = field(default_factory=dict)
-    settled: bool = False  # it is known which nodes there are
+
+    @property
+    def failed(self) -> dict[bytes, str]:
+        """Who has answered that it cannot do this, and why."""
+        return {node: reply.error for node, (reply, _) in self.replies.items() if not reply.done and reply.error}
 
     def look(self) -> None:
         """Whether that is all."""
@@ -64,8 +71,8 @@ class Peers(Protocol):
         ...
 
     @property
-    def unknown_for(self) -> float:
-        """Seconds until it is clear which nodes there are; 0 or less when it is."""
+    def settled(self) -> bool:
+        """Whether it is clear which nodes there are; `Remote.settle` is called as soon as it is."""
         ...
 
     @property
@@ -103,13 +110,14 @@ class Remote:
             total, listed, own = self._described(path, limit)
             found += [(self._peers.id.hex(), each) for each in from_json(own)]
             cut = listed < total
-        replies, missing = await self._ask("sockets", path=path, limit=limit, timeout=timeout)
-        for node, (reply, body) in replies.items():
+        question = await self._ask("sockets", path=path, limit=limit, timeout=timeout)
+        for node, (reply, body) in question.replies.items():
             total += reply.total
             described = self._parsed(body)
             found += [(node.hex(), each) for each in described]
             cut = cut or len(described) < reply.total
-        return Listing(found, Count(total, sorted(node.hex() for node in missing)), cut)
+        missing = sorted(node.hex() for node in question.missing | question.failed.keys())
+        return Listing(found, Count(total, missing, settled=question.settled), cut)
 
     @staticmethod
     def _parsed(body: bytes) -> list[Any]:
@@ -126,13 +134,21 @@ class Remote:
         """
         if self._local(path, socket_id) is not None:
             return self._peers.id
-        replies, missing = await self._ask("find", path=path, socket=socket_id, first=True, timeout=timeout)
-        found = next((node for node, (reply, _) in replies.items() if reply.done), None)
-        if found is None and missing:
-            names = ", ".join(sorted(node.hex()[:8] for node in missing))
-            raise TransportError(
-                f"it is not known whether there is a socket {socket_id}: no answer from node {names} in {timeout} s"
-            )
+        question = await self._ask("find", path=path, socket=socket_id, first=True, timeout=timeout)
+        found = next((node for node, (reply, _) in question.replies.items() if reply.done), None)
+        if found is None:
+            if question.missing:
+                names = ", ".join(sorted(node.hex()[:8] for node in question.missing))
+                raise TransportError(
+                    f"node {names} did not answer within {timeout:g} s, so socket {socket_id} may exist there"
+                )
+            for node, error in question.failed.items():
+                raise TransportError(f"node {node.hex()[:8]} cannot say whether it has socket {socket_id}: {error}")
+            if not question.settled:
+                raise TransportError(
+                    "it is not known yet which nodes there are, as this one has just come, or come back; so socket "
+                    f"{socket_id} may exist on a node that has not answered within {timeout:g} s: try again in a second"
+                )
         return found
 
     async def act(
@@ -152,16 +168,18 @@ class Remote:
             self._located[key] = node
             if len(self._located) > _LOCATED:
                 self._located.popitem(last=False)
-        replies, _ = await self._ask(
+        question = await self._ask(
             operation, node=node, path=path, socket=socket_id, body=body, timeout=timeout, **details
         )
-        if node not in replies:
+        if node not in question.replies:
             self._located.pop(key, None)
             raise TransportError(
-                f"node {node.hex()[:8]}, which has the socket {socket_id}, did not answer in {timeout} s"
+                f"node {node.hex()[:8]}, which has the socket {socket_id}, did not answer within {timeout:g} s"
             )
-        reply, _ = replies[node]
+        reply, _ = question.replies[node]
         if not reply.done:
+            if reply.error:
+                raise TransportError(f"node {node.hex()[:8]}, which has the socket {socket_id}: {reply.error}")
             self._located.pop(key, None)
             return None
         if reply.refused:
@@ -177,32 +195,39 @@ class Remote:
         first: bool = False,
         body: bytes = b"",
         **details: Any,
-    ) -> tuple[dict[bytes, tuple[Reply, bytes]], set[bytes]]:
-        """The answers of one node, or of all, within ``timeout`` seconds, and who has not answered."""
+    ) -> _Question:
+        """Ask one node, or all; who has answered within ``timeout`` seconds, and who has not."""
         reason = self._peers.why_not_ready
         if reason is not None:
             raise TransportError(f"other nodes cannot be asked: {reason}")
         missing = self._peers.alive if node is None else {node}
-        question = _Question(missing, first, asyncio.get_running_loop().create_future())
+        settled = node is not None or self._peers.settled
+        question = _Question(missing, first, asyncio.get_running_loop().create_future(), settled)
         id = uuid.uuid4().hex
         self._questions[id] = question
         try:
             if not self._peers.ask(node, to_json({"id": id, "operation": operation, **details}), body):
                 raise TransportError("other nodes cannot be asked: the transport did not take the question")
-            try:
-                async with asyncio.timeout(timeout):
-                    wait = 0.0 if node is not None else self._peers.unknown_for
-                    if wait > 0:
-                        await asyncio.wait([question.answered], timeout=wait)
-                        question.missing |= self._peers.alive - question.replies.keys()
-                    question.settled = True
-                    question.look()
-                    await question.answered
-            except TimeoutError:
-                pass
-            return question.replies, question.missing
+            question.look()
+            left = timeout
+            while left > 0 and not question.answered.done():
+                await asyncio.wait([question.answered], timeout=min(left, _TICK))
+                left -= _TICK
+            if question.answered.done():
+                question.answered.result()
+            elif node is None:
+                question.missing |= self._peers.alive - question.replies.keys()
+            return question
         finally:
             del self._questions[id]
+
+    def settle(self) -> None:
+        """It is clear now which nodes there are: all of them have to answer what is under way."""
+        for question in self._questions.values():
+            if not question.settled:
+                question.settled = True
+                question.missing |= self._peers.alive - question.replies.keys()
+                question.look()
 
     def lose(self, node: bytes) -> None:
         """The node is gone: it will not answer."""
@@ -211,7 +236,7 @@ class Remote:
             question.look()
 
     def reply(self, node: bytes, reply: Reply, body: bytes) -> None:
-        """An answer."""
+        """A node has answered a question."""
         question = self._questions.get(reply.id)
         if question is not None:
             question.replies[node] = (reply, body)
@@ -226,10 +251,15 @@ class Remote:
 
     # -- answering
 
-    def request(self, node: bytes, request: Request, body: bytes) -> None:
-        """Do what another node asks, and say what came of it."""
+    def request(self, node: bytes, request: Request, body: bytes, *, newer: bool) -> None:
+        """Do what another node asks, and say what came of it. ``newer``: the node runs a later release."""
         payload = b""
-        if request.operation == "sockets":
+        if request.operation not in _OPERATIONS:
+            if not newer:
+                raise EnvelopeError(f"unknown operation {request.operation[:50]!r}")
+            error = f"its release is older and does not know how to {request.operation[:50]!r}: run the same everywhere"
+            reply = Reply(id=request.id, done=False, error=error)
+        elif request.operation == "sockets":
             total, listed, payload = self._described(request.path, request.limit)
             reply = Reply(id=request.id, done=True, total=total, listed=listed)
         else:

@@ -90,8 +90,8 @@ class ClusterInspector:
                 self._cluster.rejected += 1
                 cut = True
         why = [f"{len(snapshots)} of {int(total)} are listed"] if cut else []
-        if total.missing:
-            why.append(f"no answer from {', '.join(id[:8] for id in total.missing)}")
+        if not total.complete:
+            why.append(total.incomplete)
         return Sockets(snapshots, f"{self._path or 'the servers'} on all nodes", ", ".join(why))
 
     async def rooms(self) -> Rooms:
@@ -140,9 +140,11 @@ class ClusterInspector:
         wanted = id if isinstance(id, str) else id.id
         if len(wanted) < _ID_LENGTH:
             listed = await self.sockets()
-            if wanted not in listed and listed.incomplete:
+            if listed.incomplete:
+                # The id of one that is not listed may begin in the same way.
                 raise TransportError(
-                    f"it is not known whether a socket's id begins with {wanted!r}: {listed.incomplete}"
+                    f"it is not known which socket's id begins with {wanted!r}, as not all are known: "
+                    f"{listed.incomplete}. Give the whole id"
                 )
             wanted = listed[wanted].id
         done = await self._ask(lambda cluster: act(cluster, wanted))

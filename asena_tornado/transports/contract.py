@@ -53,6 +53,8 @@ class Transport(Protocol):
     async def start(self, receiver: Receiver) -> None:
         """Connect. Raises `ConfigurationError` for what can never work (an address, a password).
 
+        Raises `ServerStateError` when it is started already. While a `stop` is under way, waits for its end.
+
         A bus that is merely away is no error: then `ready` is False, `Receiver.ready_changed` has been told why, and
         becomes True later. It returns within a few seconds in any case. When it has become ready it has not called
         `Receiver.ready_changed` at all: that is for what changes afterwards.
@@ -62,7 +64,7 @@ class Transport(Protocol):
     async def stop(self) -> None:
         """Deliver what was published before, as far as that is possible soon; disconnect; forget every channel.
 
-        Idempotent. `start` begins anew.
+        Idempotent, also while another call is under way. `start` begins anew, with what is subscribed to from here on.
         """
         ...
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 
+from ..errors import ServerStateError, TransportError
 from .contract import Receiver
+
+_MAX_WAITING = 16 * 1024 * 1024  # bytes that may wait for a loop that is busy
 
 
 class LocalTransport:
@@ -21,6 +23,7 @@ class LocalTransport:
         self._receiver: Receiver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channels: set[str] = set()
+        self._posted = self._received = 0  # bytes: by others, under the lock; and here
 
     @property
     def ready(self) -> bool:
@@ -28,8 +31,11 @@ class LocalTransport:
         return self._receiver is not None
 
     async def start(self, receiver: Receiver) -> None:
-        """Join the hub."""
+        """Join the hub. Raises `ServerStateError` when it is in use."""
+        if self._receiver is not None:
+            raise ServerStateError("this LocalTransport is in use by another server: give each one of its own")
         self._loop = asyncio.get_running_loop()
+        self._posted = self._received = 0
         self._receiver = receiver
         if self.hub is not None:
             with _lock:
@@ -46,35 +52,40 @@ class LocalTransport:
                     _hubs[self.hub] = left
 
     def publish(self, channel: str, payload: bytes) -> bool:
-        """Hand it to the loops of the others."""
+        """Hand it to the loops of the others. False when 16 MiB wait for one of them, as its loop is busy."""
         if self._receiver is None:
             return False
-        for member in self._others():
-            if channel in member._channels:
-                member._post(member._receive, channel, payload)
+        if self.hub is None:
+            return True
+        size = len(payload)
+        with _lock:
+            members = [each for each in _hubs[self.hub] if each is not self and channel in each._channels]
+            if any(each._posted - each._received + size > _MAX_WAITING for each in members):
+                return False
+            for member in members:
+                member._post(channel, payload)
         return True
 
     def subscribe(self, channel: str) -> None:
-        """At once."""
+        """Receive what is published to the channel from here on."""
         self._channels.add(channel)
 
     def unsubscribe(self, channel: str) -> None:
-        """At once."""
+        """Receive no more of it."""
         self._channels.discard(channel)
 
     async def sync(self) -> None:
-        """Publishing and subscribing take effect at once, here."""
+        """Return: here publishing and subscribing take effect with the call. Raises `TransportError` when stopped."""
+        if self._receiver is None:
+            raise TransportError(f"{self!r} is not started")
 
-    def _others(self) -> list[LocalTransport]:
-        with _lock:
-            return [member for member in _hubs.get(self.hub or "", ()) if member is not self]
-
-    def _post(self, function: Callable[[str, bytes], None], channel: str, payload: bytes) -> None:
-        loop = self._loop
-        if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(function, channel, payload)
+    def _post(self, channel: str, payload: bytes) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._posted += len(payload)
+            self._loop.call_soon_threadsafe(self._receive, channel, payload)
 
     def _receive(self, channel: str, payload: bytes) -> None:
+        self._received += len(payload)
         if self._receiver is not None and channel in self._channels:
             self._receiver.message_received(channel, payload)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -29,6 +30,9 @@ _BATCH_MESSAGES = 1000
 _TURN = 100  # messages taken in before everything else on the loop has its turn
 _PATIENCE = 3.0  # seconds that starting waits for a Redis that does not answer
 _DRAIN = 1.0  # seconds that stopping waits for what was published before
+_DENIED_FOR = 5.0  # seconds in which nothing is published to a channel that Redis has refused; then it is tried again
+_DENIED = 1000  # of such channels, remembered
+_UNRETURNED = 2  # messages to ourselves that do not come back, one after the other, before that is believed
 
 
 class RedisTransport:
@@ -36,7 +40,8 @@ class RedisTransport:
 
     Needs redis-py (``pip install 'asena_tornado[redis]'``) and the commands PUBLISH, SUBSCRIBE, UNSUBSCRIBE and PING,
     so any server that speaks Redis' protocol will do. It has to be the primary: what is published on a replica does
-    not reach the clients of its primary. Order, loss and everything else: see `Transport`.
+    not reach the clients of its primary. To notice a replica it needs one of HELLO, ROLE and INFO as well; without a
+    right to any of them it trusts the URL. Order, loss and everything else: see `Transport`.
 
     It is `ready` once a message of its own has come back through Redis, and makes sure of that once a second.
 
@@ -48,10 +53,12 @@ class RedisTransport:
         timeout: seconds without a byte from Redis after which a connection counts as lost, while it owes an answer.
             A shorter pause delays messages but loses none. Time in which this process itself stood still does not
             count.
-        max_pending_bytes: what may wait for a slow Redis. Past it `publish` refuses, counts (`refused`) and logs.
+        max_pending_bytes: what may wait for a slow Redis. Past it `publish` refuses, counts (`refused`) and logs. A
+            message that is larger by itself is always refused.
 
     Raises:
-        ConfigurationError: for a URL or option that cannot work, and without redis-py.
+        ConfigurationError: when the URL is malformed, when redis-py does not know one of its options, when another
+            argument is out of range, and without redis-py.
     """
 
     def __init__(
@@ -81,6 +88,11 @@ class RedisTransport:
         self._publisher = _Line("publisher", self)
         self._subscriber = _Line("subscriber", self)
         self._refusal = ""  # why Redis does not accept what is published
+        self._denied: dict[bytes, float] = {}  # channels that it refuses, and until when to believe it
+        self._complained: set[bytes] = set()  # of which the log has been told
+        self._suspects: dict[bytes, str] = {}  # channels of messages refused since the last probe, and why
+        self._refused_last = ""  # why it refused a message last
+        self._hindered = True  # the publisher is not up, or one of these: not every message can be taken
         self._ready = False
         self._told = ""  # the reason why it is not, as the receiver knows it
         self._overflowing = False
@@ -103,7 +115,10 @@ class RedisTransport:
         self._accepted = 0  # the last that Redis has accepted
         self._returned = 0  # the last that came back
         self._fresh_from = 0  # the first of those sent while both of today's connections stood
-        self._says_role = True  # whether the server knows HELLO
+        self._check: tuple[int, int] | None = None  # the last one accepted, and a ping sent to the subscriber after it
+        self._unreturned = 0  # how many had not come back, one after the other, when such a ping was answered
+        self._role_commands = list(_ROLE_COMMANDS)  # those that may tell whether this connection's Redis is the primary
+        self._stopping: asyncio.Task[None] | None = None
         self._waiting: list[tuple[_Line, int, asyncio.Future[None]]] = []
 
     # -- the contract
@@ -116,8 +131,10 @@ class RedisTransport:
     async def start(self, receiver: Receiver) -> None:
         """Connect; an address where nobody answers is tried again and again in the background.
 
-        Raises `ConfigurationError` when Redis refuses the user or password.
+        Raises `ConfigurationError` when Redis refuses the user or password, or has no such database.
         """
+        if self._stopping is not None:
+            await asyncio.shield(self._stopping)
         if self._receiver is not None:
             raise ServerStateError("this RedisTransport is in use by another server: give each one of its own")
         self._receiver = receiver
@@ -130,9 +147,10 @@ class RedisTransport:
             self._publisher.start(self._publish_session)
             self._subscriber.start(self._subscribe_session)
             self._watching = loop.create_task(self._watch())
-            done, _ = await asyncio.wait([self._tried], timeout=_PATIENCE)
-            if done:
-                self._tried.result()
+            await asyncio.wait([self._tried], timeout=_PATIENCE)
+            # What is found out from now on is no reason to give up: whoever runs Redis may repair it.
+            self._first_attempt_over()
+            self._tried.result()
         except BaseException:
             await self.stop()
             raise
@@ -144,36 +162,48 @@ class RedisTransport:
 
     async def stop(self) -> None:
         """Send what waits, for at most a second, and disconnect."""
-        if self._receiver is None:
-            return
-        if self._publisher.up:
-            with contextlib.suppress(TransportError, TimeoutError):
-                await asyncio.wait_for(self._reached(self._publisher, self._taken), _DRAIN)
-        self._receiver = None
-        self._started = False
-        self._ready = False
-        if self._watching is not None:
-            self._watching.cancel()
-        await asyncio.gather(self._publisher.stop(), self._subscriber.stop())
+        if self._stopping is None:
+            if self._receiver is None:
+                return
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        # What is subscribed to from here on is for the next start.
         self._wanted.clear()
         self._changed.clear()
+        try:
+            if self._publisher.up:
+                with contextlib.suppress(TransportError, TimeoutError):
+                    await asyncio.wait_for(self._reached(self._publisher, self._taken), _DRAIN)
+            self._receiver = None
+            self._started = self._ready = False
+            if self._watching is not None:
+                self._watching.cancel()
+                await asyncio.wait([self._watching])
+            await asyncio.gather(self._publisher.stop(), self._subscriber.stop())
+        finally:
+            self._stopping = None
 
     def publish(self, channel: str, payload: bytes) -> bool:
         """Queue it for the pipeline of this turn of the loop."""
-        if not self._publisher.up or self._refusal:
+        name = self._start + channel.encode()
+        if self._hindered and not self._accepts(name):
             self.refused += 1
             return False
-        name = self._start + channel.encode()
         # What redis-py's pack_command makes of it, at a tenth of the cost.
         command = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(payload), payload)
-        if self._pending_bytes + len(command) > self.max_pending_bytes and self._pending:
+        if self._pending_bytes + len(command) > self.max_pending_bytes:
             self.refused += 1
             if not self._overflowing:
                 self._overflowing = True
                 log.error(
-                    "%r: too slow: %s bytes wait already; what is published now reaches local sockets only",
+                    "%r: a message of %s bytes reaches local sockets only: %s. At most %s bytes may wait for Redis "
+                    "(max_pending_bytes)",
                     self,
-                    self._pending_bytes,
+                    len(payload),
+                    f"too slow: {self._pending_bytes} wait already" if self._pending_bytes else "it is too large",
+                    self.max_pending_bytes,
                 )
             return False
         self._pending.append(command)
@@ -205,16 +235,31 @@ class RedisTransport:
         lost = self.lost
         await self._reached(self._publisher, self._taken)
         if self.lost != lost:
-            raise TransportError(f"{self!r} did not accept what was published: {self._reason}")
+            raise TransportError(f"{self!r} did not accept what was published: {self._reason or self._refused_last}")
         if not self._subscriber.up:
             raise TransportError(f"{self!r} is not reachable: {self._reason}")
         await self._reached(self._subscriber, self._ping_subscriber())
+
+    def _accepts(self, name: bytes) -> bool:
+        """Whether a message to the channel can be taken at the moment."""
+        if not self._publisher.up or self._refusal:
+            return False
+        if name in self._denied:
+            if asyncio.get_running_loop().time() < self._denied[name]:
+                return False
+            del self._denied[name]
+            self._look_hindered()
+        return True
+
+    def _look_hindered(self) -> None:
+        self._hindered = not self._publisher.up or bool(self._refusal or self._denied)
 
     # -- publishing
 
     async def _publish_session(self, connection: AbstractConnection) -> None:
         """Pipelines, one after the other: what is published while one is under way makes the next."""
         line = self._publisher
+        self._role_commands = list(_ROLE_COMMANDS)
         await self._probe(connection)
         line.set_up(True)
         while True:
@@ -234,12 +279,12 @@ class RedisTransport:
             self._in_flight = len(batch)
             with line.owed():
                 await _send(connection, b"".join(batch))
-                for _ in batch:
+                for command in batch:
                     refusal = await self._answer(connection)
                     self._in_flight -= 1
                     if refusal:
                         self.lost += 1
-                        self._refuse(refusal)
+                        self._refuse_message(command, refusal)
             # Until here they count as waiting: a Redis that does not answer must not be fed without end.
             self._pending_bytes -= size
             self._settled += len(batch)
@@ -250,29 +295,38 @@ class RedisTransport:
         self._probe_due = False
         self._probes = number = self._probes + 1
         with self._publisher.owed():
-            role = ""
-            if self._says_role:
-                await _send(connection, _command(b"HELLO", b"2"))
-                role = await self._role(connection)
+            replica = await self._is_replica(connection)
             await _send(connection, _command(b"PUBLISH", self._loop_channel, b"%d" % number))
             refusal = await self._answer(connection)
-        if not refusal and role not in ("", "master"):
-            refusal = f"READONLY: it is a {role}; what is published there does not reach the clients of its primary"
+        if not refusal and replica:
+            refusal = "READONLY: it is a replica; what is published there does not reach the clients of its primary"
+        suspects, self._suspects = self._suspects, {}
         if not refusal:
             self._accepted = number
+            for name, reason in suspects.items():  # it does accept messages, just not these
+                self._deny(name, reason)
+            if self._subscriber.up:
+                self._check = (number, self._ping_subscriber())
         self._refuse(refusal)
 
-    async def _role(self, connection: AbstractConnection) -> str:
+    async def _is_replica(self, connection: AbstractConnection) -> bool:
+        """Whether it is known to be one, by the first of several commands that it knows and we may use."""
         from redis.exceptions import ResponseError
 
-        try:
-            answer = await connection.read_response(disable_decoding=True)
-        except ResponseError:
-            self._says_role = False  # as before Redis 6
-            return ""
-        pairs = dict(zip(answer[::2], answer[1::2], strict=False)) if isinstance(answer, list) else {}
-        role = pairs.get(b"role")
-        return role.decode(errors="replace") if isinstance(role, bytes) else ""
+        while self._role_commands:
+            await _send(connection, self._role_commands[0])
+            try:
+                answer = await connection.read_response(disable_decoding=True)
+            except ResponseError:
+                del self._role_commands[0]
+                continue
+            if isinstance(answer, bytes):  # INFO: lines of text
+                return re.search(rb"^role:slave\r?$", answer, re.MULTILINE) is not None
+            if isinstance(answer, list) and len(answer) > 1 and answer[0] in (b"master", b"slave", b"sentinel"):
+                return bool(answer[0] == b"slave")  # ROLE
+            pairs = dict(zip(answer[::2], answer[1::2], strict=False)) if isinstance(answer, list) else {}
+            return pairs.get(b"role") in (b"replica", b"slave")  # HELLO
+        return False
 
     async def _answer(self, connection: AbstractConnection) -> str:
         """Read the answer to a PUBLISH: why it was not accepted, or an empty string."""
@@ -286,9 +340,40 @@ class RedisTransport:
             return " ".join(filter(None, (name.get(type(error).__name__), str(error))))
         return ""
 
+    def _refuse_message(self, command: bytes, reason: str) -> None:
+        """Redis did not accept a message: because of its channel, or it accepts none."""
+        self._refused_last = reason
+        name = command.split(b"\r\n", 5)[4]
+        if reason.startswith("NOPERM") and "channel" in reason:
+            self._deny(name, reason)
+            return
+        if len(self._suspects) < _DENIED:
+            self._suspects[name] = reason
+        self._probe_due = True
+        self._refuse(reason)
+
+    def _deny(self, name: bytes, reason: str) -> None:
+        """Take nothing for this channel for a while: all others are well, and so is the node."""
+        self._denied[name] = asyncio.get_running_loop().time() + _DENIED_FOR
+        if len(self._denied) > _DENIED:
+            del self._denied[next(iter(self._denied))]
+        self._look_hindered()
+        if name in self._complained or len(self._complained) == _DENIED:
+            return
+        self._complained.add(name)
+        log.error(
+            "%r: Redis does not accept what is published to the channel %r, which reaches local sockets only: %s. "
+            "Allow its user every channel that begins with %r",
+            self,
+            name[:200].decode(errors="replace"),
+            reason,
+            self._start.decode(),
+        )
+
     def _refuse(self, reason: str) -> None:
         if reason != self._refusal:
             self._refusal = reason
+            self._look_hindered()
             if reason:
                 log.error("%r does not accept what is published: %s", self, reason)
                 self._first_attempt_over()
@@ -327,6 +412,7 @@ class RedisTransport:
         turn = 0
         while True:
             answer = await connection.read_response(disable_decoding=True)
+            line.heard = True  # also when it came long ago: then it is we who are slow
             if isinstance(answer, list) and answer[0] == b"message":
                 if answer[1] == self._loop_channel:
                     self._probe_returned(answer[2])
@@ -339,6 +425,8 @@ class RedisTransport:
                     self._pongs = int(pong)
                     if not line.up:
                         line.set_up(True)
+                    if self._check is not None and self._pongs >= self._check[1]:
+                        self._look_whether_it_came_back(self._check[0])
                     self._wake(line, self._pongs)
             turn += 1
             if turn == _TURN:
@@ -348,11 +436,27 @@ class RedisTransport:
     def _probe_returned(self, number: bytes) -> None:
         if number.isdigit():
             self._returned = max(self._returned, int(number))
+            self._unreturned = 0
             self._look_ready()
+
+    def _look_whether_it_came_back(self, probe: int) -> None:
+        """Redis answers a ping that came after it took the probe. What has not come back before, never will.
+
+        While much is waiting to be read here, the answer has to wait too: being behind is no reason to be not ready.
+        """
+        self._check = None
+        if self._returned >= probe:
+            return
+        self._unreturned += 1
+        if self._unreturned >= _UNRETURNED and self._fresh_from <= self._returned:
+            self._fresh_from = self._accepted + 1  # until then it is not ready
+        self._look_ready()
 
     async def _write(self, connection: AbstractConnection) -> None:
         written = 0
         while True:
+            # Taken first: a ping is written after every subscription that was wanted before it.
+            ping = self._pings
             changed, self._changed = self._changed, {}
             add = [name for name in changed if name in self._wanted and name not in self._held]
             drop = [name for name in changed if name not in self._wanted and name in self._held]
@@ -361,8 +465,8 @@ class RedisTransport:
             for verb, names in ((b"SUBSCRIBE", add), (b"UNSUBSCRIBE", drop)):
                 for i in range(0, len(names), _BATCH_MESSAGES):
                     await _send(connection, _command(verb, *names[i : i + _BATCH_MESSAGES]))
-            if written != self._pings:
-                written = self._pings
+            if written != ping:
+                written = ping
                 await _send(connection, _command(b"PING", b"%d" % written))
             if not self._changed and written == self._pings:
                 self._asked.clear()
@@ -392,8 +496,6 @@ class RedisTransport:
                 if self._subscriber.connected:
                     self._ping_subscriber()
                 if self._publisher.up:
-                    if self._fresh_from <= self._returned < self._accepted - 1:
-                        self._fresh_from = self._accepted + 1  # until then it is not ready
                     self._probe_due = True
                     self._work.set()
                 self._look_ready()
@@ -420,7 +522,10 @@ class RedisTransport:
         self._waiting = left
 
     def _line_changed(self, line: _Line) -> None:
+        self._look_hindered()
         if not line.up:
+            self._check = None
+            self._unreturned = 0
             if line is self._publisher:
                 self._drop_pending()
             # Whatever happened to Redis, the publisher is to find out now; and only what it sends from now on counts.
@@ -449,7 +554,7 @@ class RedisTransport:
             and self._returned >= self._fresh_from
             and all(line.up and not line.slow for line in (self._publisher, self._subscriber))
         )
-        reason = "" if ready else self._reason
+        reason = "" if ready else self._reason or "no answer yet"
         if ready == self._ready:
             if reason != self._told:
                 self._tell(reason)
@@ -476,7 +581,9 @@ class RedisTransport:
         if self._refusal:
             return self._refusal
         if self._returned < self._fresh_from and self._publisher.up and self._subscriber.up:
-            return "what is published does not come back: do both connections reach the same Redis?"
+            if self._unreturned:
+                return "what is published does not come back: do both connections reach the same Redis?"
+            return "its first message has not come back yet"
         return ""
 
     def __eq__(self, other: object) -> bool:
@@ -513,10 +620,9 @@ class _Line:
         self.up = False  # it works
         self.slow = False
         self.reason = ""  # why it is not up, or slow
-        self.owes = False  # an answer is due
-        self._heard = False  # something arrived since the last tick
+        self.owes = False  # Redis has been asked something, and has not answered yet
+        self.heard = False  # something arrived, or was read, since the last tick
         self._silent = 0.0  # seconds
-        self._timed_out = False
 
     def start(self, session: Callable[[AbstractConnection], Coroutine[Any, Any, None]]) -> None:
         """Connect, in the background."""
@@ -531,34 +637,35 @@ class _Line:
             self.set_up(False)
 
     async def _keep(self, session: Callable[[AbstractConnection], Coroutine[Any, Any, None]]) -> None:
-        from redis.exceptions import AuthenticationError, RedisError
+        from redis.exceptions import RedisError
 
         loop = asyncio.get_running_loop()
         timeout = self._transport.timeout
         wait = 0.0
         while True:
-            connection: AbstractConnection = self._transport._pool.make_connection()  # type: ignore[no-untyped-call]
+            connection: AbstractConnection | None = None
             began = loop.time()
             worked = False
             try:
+                connection = self._transport._pool.make_connection()  # type: ignore[no-untyped-call]
                 async with asyncio.timeout(timeout):
-                    await connection.connect()  # type: ignore[no-untyped-call]
+                    await connection.connect()
                 self._listen_to(connection)
                 self._session = loop.create_task(session(connection))
                 try:
-                    await self._session
+                    # A cancellation that is seen here is of this task: the watch cancels the session only.
+                    await asyncio.wait([self._session])
                 finally:
                     worked = self.up
                     self._session.cancel()
-            except asyncio.CancelledError:
-                if not self._timed_out:
-                    raise
-                self._down(f"no answer within {timeout} s")
+                if self._session.cancelled():
+                    raise TimeoutError
+                self._session.result()
             except TimeoutError:
-                self._down(f"no answer within {timeout} s")
+                self._down(f"no answer within {timeout:g} s")
             except (RedisError, OSError) as error:
                 tried = self._transport._tried
-                if isinstance(error, AuthenticationError) and tried is not None and not tried.done():
+                if _hopeless(error) and tried is not None and not tried.done():
                     tried.set_exception(ConfigurationError(f"{self._transport!r} refuses: {error}"))
                     return
                 self._down(str(error) or type(error).__name__)
@@ -566,9 +673,10 @@ class _Line:
                 log.exception("%r: the %s failed", self._transport, self._name)
                 self._down(f"{type(error).__name__}: {error}")
             finally:
-                self.connected = self._timed_out = False
-                with contextlib.suppress(RedisError, OSError, TimeoutError):
-                    await connection.disconnect(nowait=True)
+                self.connected = False
+                if connection is not None:
+                    with contextlib.suppress(RedisError, OSError, TimeoutError):
+                        await connection.disconnect(nowait=True)
             # Only a session that worked for a while is a reason to hurry.
             if worked and loop.time() - began > _LASTED:
                 wait = 0.0
@@ -578,13 +686,13 @@ class _Line:
     def _listen_to(self, connection: AbstractConnection) -> None:
         """Notice each byte that arrives, also of a message that takes long."""
         self.connected = True
-        self._heard, self._silent = True, 0.0
+        self.heard, self._silent = True, 0.0
         reader = connection._reader  # redis-py has no public way to it
         if reader is not None:
             feed = reader.feed_data
 
             def feed_and_hear(data: bytes) -> None:
-                self._heard = True
+                self.heard = True
                 feed(data)
 
             reader.feed_data = feed_and_hear  # type: ignore[method-assign, assignment]
@@ -594,7 +702,7 @@ class _Line:
         self.set_up(False)
 
     def set_up(self, up: bool) -> None:
-        """Tell the transport."""
+        """It works from now on, or no more."""
         self.up = up
         self.slow = False
         if up:
@@ -615,8 +723,8 @@ class _Line:
         """A moment has passed: slow after a second of silence, broken after the transport's ``timeout``."""
         if not self.connected:
             return
-        if self._heard or not owes:
-            self._heard, self._silent = False, 0.0
+        if self.heard or not owes:
+            self.heard, self._silent = False, 0.0
             if self.slow:
                 self.slow = False
                 self.reason = ""
@@ -624,7 +732,6 @@ class _Line:
             return
         self._silent += _TICK
         if self._silent >= self._transport.timeout:
-            self._timed_out = True
             if self._session is not None:
                 self._session.cancel()
         elif self._silent >= _SLOW and not self.slow:
@@ -642,11 +749,12 @@ def _pool(url: str, timeout: float) -> ConnectionPool:
     try:
         # Attempts are repeated by us: a command that redis-py repeated could be published twice. RESP2, because
         # there the two kinds of connection need no telling apart of answers and pushed messages.
-        return ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=timeout)
+        pool = ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=timeout)
     except (ValueError, TypeError) as error:
         # What it complains of may be a piece of a password with a slash in it.
         why = (
-            "; of a password, what is no letter or number is written as %2F and the like"
+            ". In a user's name and a password, every character but letters and digits has to be percent-encoded, "
+            "as %2F for a slash"
             if "@" in url
             else f": {error}"
         )
@@ -654,10 +762,34 @@ def _pool(url: str, timeout: float) -> ConnectionPool:
             f"RedisTransport cannot use this URL{why}. It looks like redis://[[user]:password@]host[:port], "
             "rediss://… for TLS, or unix://path"
         ) from None
+    kwargs = pool.connection_kwargs
+    if int(kwargs.get("protocol") or 2) != 2 or kwargs.get("socket_timeout") is not None:
+        raise ConfigurationError(
+            "RedisTransport cannot use a URL with protocol or socket_timeout: it speaks RESP2, and how long Redis may "
+            "be silent is its own argument: RedisTransport(…, timeout=…)"
+        )
+    try:
+        pool.make_connection()  # type: ignore[no-untyped-call]  # this is where it says what options it does not know
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"RedisTransport cannot use an option in this URL, after the question mark: {error}. redis-py's Connection "
+            "names those that there are"
+        ) from None
+    return pool
+
+
+def _hopeless(error: Exception) -> bool:
+    """Whether Redis would say the same again tomorrow: to a wrong password, or a database that it does not have."""
+    from redis.exceptions import AuthenticationError
+
+    return isinstance(error, AuthenticationError) or "db index" in str(error).lower()
 
 
 def _command(*parts: bytes) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+
+
+_ROLE_COMMANDS = (_command(b"HELLO", b"2"), _command(b"ROLE"), _command(b"INFO", b"replication"))
 
 
 async def _send(connection: AbstractConnection, data: bytes) -> None:

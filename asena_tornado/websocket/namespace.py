@@ -48,7 +48,12 @@ class FanOut(Protocol):
 
 
 class Link(Protocol):
-    """The way to the other nodes (see `cluster`). Called on the loop, except for `check`."""
+    """The way to the other nodes (see `cluster`). Called on the loop, except for `check` and `ready`."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the other nodes can be reached."""
+        ...
 
     def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
         """Hand the message over; False if the other nodes do not get it."""
@@ -100,7 +105,8 @@ class Addressed(int):
     """How many local sockets are addressed: a number, from a server with a transport.
 
     Attributes:
-        carried: Whether the transport took the message for the other nodes.
+        carried: Whether the transport took the message for the other nodes. On another thread than the
+            server's: whether the transport was ready at the time of the call.
     """
 
     carried = True
@@ -270,10 +276,13 @@ class Namespace:
             count = self._deliver(names, message, excluded)
             carried = link.publish(self.path, names, message, elsewhere)
             return Addressed(count) if carried else AddressedHere(count)
+        # What the transport will say is not known on this thread: whether it is ready is.
+        ready = link.ready
         self.door.run(self._deliver, names, message, excluded, size=len(message.frame))
         self.door.run(link.publish, self.path, names, message, elsewhere)
         members = self._members(names)
-        return Addressed(len(members) - sum(1 for socket in excluded or () if socket in members))
+        count = len(members) - sum(1 for socket in excluded or () if socket in members)
+        return Addressed(count) if ready else AddressedHere(count)
 
     def deliver(self, names: tuple[str, ...] | None, message: Message, excluded: Iterable[str]) -> None:
         """Send what another node published; called on the loop."""
