@@ -944,7 +944,7 @@ class AsenaServer:
         return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
 
     def override(self, target: Any, replacement: Any) -> Self:
-        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start:
+        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start.
 
             server = AsenaServer(WeatherSocket, port=0).override(Weather, FakeWeather())
 

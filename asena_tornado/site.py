@@ -213,8 +213,10 @@ class Site:
 async def close_sockets(
     namespaces: Sequence[Namespace], deadline: float, patience: float, code: int, reason: str
 ) -> None:
-    """Close every socket once its handler is done, and wait until each ``on_close`` has run; at ``deadline`` (loop
-    time) cut them off."""
+    """Close every socket once its handler is done, and wait until each ``on_close`` has run.
+
+    Those that are left at ``deadline`` (loop time) are cut off.
+    """
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()
 
@@ -224,7 +226,7 @@ async def close_sockets(
 
     look()
     for namespace in namespaces:
-        # Time has to be left for the good-byes.
+        # Time has to be left for the close handshakes.
         grace = max(0.0, min(namespace.options.handler_grace, (deadline - loop.time()) / 2))
         everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):

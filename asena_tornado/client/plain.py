@@ -171,7 +171,9 @@ class Client:
 async def connect(
     url: str, *, headers: Mapping[str, str] | None = None, timeout: float = _DEFAULT_TIMEOUT, ssl_options: Any = None
 ) -> Client:
-    """Connect to a WebSocket server: ``client = await connect("ws://localhost:3000/chat")``.
+    """Connect to a WebSocket server.
+
+        client = await connect("ws://localhost:3000/chat")
 
     The client lives on the loop that awaits this. In a notebook it lives on a thread of its own, so that it answers
     pings and closes while a cell computes.

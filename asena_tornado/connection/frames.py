@@ -56,15 +56,25 @@ class Inflater(Protocol):
 class Messages(Protocol):
     """Takes the messages."""
 
-    def message_received(self, data: str | bytes) -> None: ...
+    def message_received(self, data: str | bytes) -> None:
+        """Take a whole message: text as ``str``, binary as bytes. Must not raise."""
+        ...
 
 
 class Controls(Protocol):
     """Takes the control frames."""
 
-    def ping_received(self, payload: bytes) -> None: ...
-    def pong_received(self, payload: bytes) -> None: ...
-    def close_received(self, code: int, reason: str) -> None: ...
+    def ping_received(self, payload: bytes) -> None:
+        """Answer with a pong that has the same payload (RFC 6455 §5.5.2)."""
+        ...
+
+    def pong_received(self, payload: bytes) -> None:
+        """Take the answer to a ping, or a pong that nobody asked for (RFC 6455 §5.5.3)."""
+        ...
+
+    def close_received(self, code: int, reason: str) -> None:
+        """Answer the close frame, unless it is an answer itself. ``code`` is 1005 if it has none."""
+        ...
 
 
 class FrameParser:

@@ -236,6 +236,7 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
     """A handshake inside somebody's Tornado application. It ends with the upgrade: the `Connection` lives on alone."""
 
     def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts) -> None:
+        """Take what the route was given: how to wait for the namespace's endpoint, and the accepted hosts."""
         self._find_endpoint = endpoint
         self._hosts = hosts
 
@@ -256,6 +257,7 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
         handshake.upgrade(self.detach())
 
     def allowed(self) -> str:
+        """Only GET: a handshake is nothing else (RFC 6455 §4.1)."""
         return "GET"
 
     def check_xsrf_cookie(self) -> None:

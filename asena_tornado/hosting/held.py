@@ -380,8 +380,11 @@ class HeldLoop(asyncio.SelectorEventLoop):
 
 
 def wait_precisely() -> None:
-    """Have this thread's waits end when they are due: by default Linux may add 50 µs, which is long beside the interval
-    for which a thread waits for the lock (prctl(2), PR_SET_TIMERSLACK)."""
+    """Have this thread's waits end when they are due.
+
+    By default Linux may add 50 µs, which is long beside the interval for which a thread waits for the lock (prctl(2),
+    PR_SET_TIMERSLACK).
+    """
     if sys.platform == "linux" and libc is not None and hasattr(libc, "prctl"):
         libc.prctl(29, 1000, 0, 0, 0)  # nanoseconds
 

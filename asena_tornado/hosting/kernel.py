@@ -103,8 +103,10 @@ def pass_interrupt_on() -> None:
 
 @contextlib.contextmanager
 def waking() -> Iterator[None]:
-    """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
-    and then (https://github.com/ipython/ipykernel/issues/881)."""
+    """Wake the loop now and then during a wait that a cell may await.
+
+    ipykernel notices an interrupt only when its loop wakes (https://github.com/ipython/ipykernel/issues/881).
+    """
     if not in_cell():
         yield
         return

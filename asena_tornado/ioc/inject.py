@@ -201,7 +201,9 @@ class Reference(Protocol[T_co]):
     tests, a reference has to be hashable.
     """
 
-    def resolve(self, container: Provider, /) -> T_co: ...
+    def resolve(self, container: Provider, /) -> T_co:
+        """Return what is injected in place of the reference."""
+        ...
 
 
 @overload
@@ -219,7 +221,11 @@ def Inject(target: Reference[T], select: Callable[[T], R]) -> R: ...
 @overload
 def Inject(target: str, select: Callable[[Any], R]) -> R: ...
 def Inject(target: Any, select: Callable[[Any], Any] | None = None) -> Any:
-    """A field of a component that the server fills in: ``chat: ChatSocket = Inject(ChatSocket)``.
+    """Declare a field of a component that the server fills in.
+
+        @Service
+        class Orders:
+            chat: ChatSocket = Inject(ChatSocket)
 
     The value is there after ``__init__``, and so in ``on_start``. A value may be assigned by hand, in a unit test for
     instance; an instance that is passed to the server keeps it.

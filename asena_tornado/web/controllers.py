@@ -369,16 +369,19 @@ class ControllerHandler(JsonHandler):
     """One request to a controller, or, without any, to a path where nothing is. It reads the body itself."""
 
     def initialize(self, max_body_size: int, controllers: Controllers | None = None) -> None:
+        """Take what the route was given; without ``controllers`` every request is answered with 404."""
         self._controllers = controllers
         self._limit = max_body_size
         self._body: list[bytes] = []
         self._received = 0
 
     def allowed(self) -> str:
+        """The methods of the routes that this path has."""
         routes = self._controllers.find(self.request.path)[0] if self._controllers is not None else ()
         return _allow(_by_method(routes))
 
     def prepare(self) -> None:
+        """Refuse a body that is announced as too long, before it is read."""
         # The limits of Tornado's HTTP server end the connection without an answer.
         self.request.connection.set_max_body_size(sys.maxsize)  # type: ignore[union-attr]  # HTTP1Connection has it
         try:
@@ -390,6 +393,7 @@ class ControllerHandler(JsonHandler):
             self._refuse_body()
 
     def data_received(self, chunk: bytes) -> None:
+        """Keep a piece of the body, up to the limit; a little more is read, so that the client sees the refusal."""
         self._received += len(chunk)
         if self._received <= self._limit:
             self._body.append(chunk)

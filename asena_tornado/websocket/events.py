@@ -178,11 +178,10 @@ def _size(event: Event) -> int:
 
 
 class EventLog:
-    """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept, and at
-    most 4 MiB.
+    """The latest events of one namespace, written on the server's loop only.
 
-    What is rare (coming and going, rooms, errors) is always recorded. Messages are recorded only while somebody
-    looks, which is ``watched``: the one thing that the way of every message has to ask.
+    There are two rings, each of at most ``limit`` events and 4 MiB. What is rare (coming and going, rooms, errors) is
+    always recorded. Messages are recorded only while somebody looks: ``watched`` is all that a message has to check.
     """
 
     __slots__ = (

@@ -250,7 +250,7 @@ _COLLECTIONS = frozenset(("list", "set", "frozenset", "tuple", "dict", "deque", 
 
 
 def _failing_fast(schema: Any) -> Any:
-    """A copy of a core schema whose collections stop at their first error. (Older pydantics do not for dicts.)"""
+    """A copy of a core schema whose collections stop at their first error, except dicts in older pydantics."""
     if isinstance(schema, list | tuple):
         return type(schema)(map(_failing_fast, schema))
     if not isinstance(schema, Mapping):
@@ -295,7 +295,7 @@ def _shown(annotation: Any) -> str:
 
 
 def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[str, Any]]:
-    """pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
+    """Return pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
 
     They are at most `MAX_ERRORS`, with long texts cut. Where there are more, or ``more`` says so, the last entry's
     ``type`` is ``"more_errors"`` and its ``msg`` tells how many.

@@ -38,13 +38,24 @@ class FanOut(Protocol):
 
     def publish(
         self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
-    ) -> None: ...
+    ) -> None:
+        """Send the message to the members but the excluded, in the order of the calls. Never waits.
 
-    def seal(self, members: Mapping[Socket, None]) -> None: ...
+        ``members`` may be a live collection: `seal` is called before it changes.
+        """
+        ...
 
-    def settle(self, socket: Socket[Any]) -> None: ...
+    def seal(self, members: Mapping[Socket, None]) -> None:
+        """The members are about to change: settle who gets what was published so far."""
+        ...
 
-    def flush(self) -> None: ...
+    def settle(self, socket: Socket[Any]) -> None:
+        """Settle what the socket gets of what was published so far: it is about to close, or to be sent something."""
+        ...
+
+    def flush(self) -> None:
+        """Write now what would be written at the end of the loop's turn."""
+        ...
 
 
 class Link(Protocol):
@@ -83,12 +94,14 @@ class NamespaceObserver(Protocol):
         return None
 
     def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
-        """The socket is in the room. ``first``: nobody else is, of this server."""
+        """The socket is in the room. ``first``: no other socket of this server is."""
         return None
 
     def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
-        """The socket has left the room. ``last``: nobody is left in it, of this server. ``released``: with the end of
-        the connection."""
+        """The socket has left the room.
+
+        ``last``: no other socket of this server is in it. ``released``: it left because its connection has ended.
+        """
         return None
 
     def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
@@ -145,12 +158,12 @@ class SocketsView(Mapping[str, Socket[Any]]):
     def __len__(self) -> int:
         return len(self._sockets)
 
-    # As they are now: some may leave while these are gone through.
-
     def values(self) -> ValuesView[Socket[Any]]:
+        """The sockets there are now: a copy, as some may leave while it is iterated over."""
         return self._sockets.copy().values()
 
     def items(self) -> ItemsView[str, Socket[Any]]:
+        """The ids and sockets there are now: a copy, as some may leave while it is iterated over."""
         return self._sockets.copy().items()
 
     def __repr__(self) -> str:

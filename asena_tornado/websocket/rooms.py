@@ -148,12 +148,12 @@ class RoomsView(Mapping[str, MembersView[Member]]):
     def __len__(self) -> int:
         return len(self._index.names)
 
-    # As they are now: some may vanish while these are gone through.
-
     def values(self) -> ValuesView[MembersView[Member]]:
+        """The members of each room there is now: a copy, as rooms may vanish while it is iterated over."""
         return dict(self._now()).values()
 
     def items(self) -> ItemsView[str, MembersView[Member]]:
+        """The rooms there are now with their members: a copy, as rooms may vanish while it is iterated over."""
         return dict(self._now()).items()
 
     def _now(self) -> Iterator[tuple[str, MembersView[Member]]]:

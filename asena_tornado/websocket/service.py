@@ -71,6 +71,7 @@ class AsenaWebSocketService(Generic[T]):
     _namespace: Namespace | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse arguments unless the subclass's ``__init__`` takes some."""
         if (args or kwargs) and cls.__init__ is object.__init__:
             if cls is AsenaWebSocketService:
                 shown = ", ".join(getattr(each, "__name__", repr(each)) for each in args)
