@@ -356,7 +356,7 @@ class Inspector:
 
 
 def _at_once(namespace: Namespace, send: Callable[[], R]) -> tuple[R, int]:
-    """Send now instead of at the turn's end; what came of it, and how many sockets were too slow to take it."""
+    """Send now instead of at the turn's end; return the result, and how many sockets were too slow to take it."""
     outbox = namespace.outbox
     assert outbox is not None
     outbox.flush()

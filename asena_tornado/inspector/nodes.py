@@ -72,7 +72,7 @@ class ClusterInspector:
 
     @property
     def nodes(self) -> Nodes:
-        """The nodes that are there, with how many sockets they had at their last sign of life."""
+        """The nodes that are there, with how many sockets they had at their last heartbeat."""
         return Nodes(self._cluster.nodes)
 
     async def sockets(self) -> Sockets:

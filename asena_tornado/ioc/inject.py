@@ -77,7 +77,7 @@ def needs_self(cls: type[Any], name: str) -> None:
 
 
 def listed(middlewares: Sequence[Any], decorator: str) -> tuple[Any, ...]:
-    """What a decorator was given as ``middlewares``. Raises `ConfigurationError` for what cannot be any."""
+    """The ``middlewares`` that a decorator was given. Raises `ConfigurationError` for what cannot be middleware."""
     given: object = middlewares  # whatever the annotation says
     if not isinstance(given, list | tuple):
         raise ConfigurationError(f"{decorator}: middlewares must be a list, middlewares=[…], not {given!r}")
@@ -108,7 +108,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
 
 
 def _calls(cls: type[Any], name: str) -> bool:
-    """Whether one of the class's own methods names it."""
+    """Whether one of the class's own methods mentions ``name``, and so may call it."""
     codes = [method.__code__ for method in vars(cls).values() if inspect.isfunction(method)]
     while codes:
         code = codes.pop()
@@ -128,7 +128,7 @@ def _outside() -> int:
 
 
 def _distance(a: str, b: str) -> int:
-    """How many letters have to be added, left out, changed or swapped with the next one to make one of the other."""
+    """How many letters have to be added, left out, changed or swapped with the next to turn one name into the other."""
     if abs(len(a) - len(b)) > 2:
         return 3  # or more
     before: list[int] = []

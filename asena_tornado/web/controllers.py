@@ -366,7 +366,7 @@ def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]
 
 @stream_request_body
 class ControllerHandler(JsonHandler):
-    """One request to a controller, or, without any, to a path where nothing is. It reads the body itself."""
+    """One request to a controller, or to a path where there is none. Reads the body itself."""
 
     def initialize(self, max_body_size: int, controllers: Controllers | None = None) -> None:
         """Take what the route was given; without ``controllers`` every request is answered with 404."""
@@ -422,7 +422,7 @@ class ControllerHandler(JsonHandler):
     # Pages from elsewhere are refused by our own rule, as they are for handshakes.
 
     def check_xsrf_cookie(self) -> None:
-        """Not needed with the check of the origin."""
+        """Do nothing: the origin is checked instead."""
 
     def check_trusted_origin(self, origin: str) -> bool:
         """Left to `Controllers.answer`."""

@@ -82,7 +82,7 @@ def _client_address(context: Context) -> str:
 
 @Middleware()
 class TokenAuth(MiddlewareService):
-    """Lets only those pass who bring a valid token; others are answered with 401 and ``WWW-Authenticate``.
+    """Lets requests with a valid token pass; others are answered with 401 and ``WWW-Authenticate``.
 
     The token comes from the header ``Authorization: Bearer …``, or else from the query string, as browsers cannot set
     headers of a handshake.

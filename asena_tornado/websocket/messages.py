@@ -1,7 +1,8 @@
 """Data to message to frame, and typed decoding of what clients send.
 
 One codec everywhere: ``str`` is a text frame, verbatim; bytes-like is a binary frame; everything else becomes
-JSON once, with pydantic's serializer; numpy's arrays and numbers, which that does not know, as lists and numbers.
+JSON once, with pydantic's serializer. Arrays and numbers of numpy, which pydantic does not know, become lists and
+numbers.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def _plain(value: Any) -> Any:
 
 
 class Decoder:
-    """Makes of a client's frame what ``on_message`` asks for by its annotation.
+    """Turns a client's message into what the annotation of ``on_message`` asks for.
 
     ``str`` or nothing: the text. ``bytes``: the bytes. ``str | bytes``: either, as it came. Anything else is
-    parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is checked, but no JSON.
+    parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is validated as text, not as JSON.
     """
 
     __slots__ = ("_raw", "_validator", "_wants")
@@ -202,7 +203,7 @@ class Validator:
 
     @cached_property
     def _hasty(self) -> SchemaValidator | TypeAdapter[Any]:
-        """The same, but each list, set, tuple and dict ends at its first error."""
+        """The same validator, except that each list, set, tuple and dict stops at its first error."""
         schema = _failing_fast(self._adapter.core_schema)
         # Otherwise it takes models as pydantic has already built them, without the limit. That is so in 2.11 and 2.12.
         fresh: dict[str, Any] = (

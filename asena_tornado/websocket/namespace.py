@@ -90,7 +90,7 @@ class NamespaceObserver(Protocol):
         return None
 
     def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
-        """The socket is no longer addressed. It still has to leave its ``rooms``; `left` is called for each."""
+        """Nothing is sent to the socket any more. It still has to leave its ``rooms``; `left` is called for each."""
         return None
 
     def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
@@ -198,7 +198,7 @@ class Namespace:
         self._all_gone: list[Callable[[], None]] = []
 
     def open(self, door: Door, outbox: FanOut) -> None:
-        """Send through this door, by this outbox, from now on."""
+        """From now on, send through this outbox, on the loop behind this door."""
         self.door, self.outbox = door, outbox
 
     # -- who is told
@@ -212,7 +212,7 @@ class Namespace:
         self._observers = tuple(each for each in self._observers if each is not observer)
 
     def listen(self, observer: NamespaceObserver, listening: bool) -> None:
-        """Whether the observer is told of messages, too: it costs time for each. From any thread."""
+        """Start or stop telling the observer about messages, which costs time for each of them. From any thread."""
         with self._listening:
             others = tuple(each for each in self._listeners if each is not observer)
             self._listeners = (*others, observer) if listening else others
@@ -426,7 +426,7 @@ class Namespace:
             observer.admitted(socket)
 
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
-        """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
+        """Send nothing to the socket any more. `release_more` takes it out of its rooms; then ``on_close`` may run."""
         assert self.outbox is not None
         # Of whatever has it among its members: one of its rooms, several, or everybody.
         self.outbox.settle(socket)
@@ -440,7 +440,7 @@ class Namespace:
             self._withdrawing[socket] = list(rooms)
 
     def release_more(self, socket: Socket[Any]) -> bool:
-        """Take it out of a thousand of the rooms that it has yet to leave; whether there are more.
+        """Take the socket out of up to a thousand of its rooms; return whether it is in more.
 
         Meanwhile a room may show it, as a socket that is closing. Those that are in more rooms take turns.
         """
@@ -489,7 +489,7 @@ class Namespace:
         self.index.clear()
 
     def abandon(self) -> None:
-        """Wait for nobody any more: what is left are handlers that do not let themselves be cancelled."""
+        """Stop waiting for handlers that go on although they were cancelled."""
         for socket in tuple(self._leaving):
             log.error("%s: a handler goes on although it was cancelled, and is left behind", socket)
             self.forget(socket)

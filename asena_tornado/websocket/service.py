@@ -291,7 +291,7 @@ def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
 
 
 def _needed(annotation: Any, cls: type, where: str) -> Any:
-    """The annotation, resolved now if it is not yet."""
+    """The annotation, resolved if it is still a string."""
     if isinstance(annotation, str):
         annotation = _resolve(annotation, cls, {})
     if isinstance(annotation, str):
@@ -303,7 +303,7 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 
 
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
-    """The hooks of a service. Raises `ConfigurationError` for what cannot be called, or is annotated in vain."""
+    """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
     spec, cls = spec_of(service), type(service)
     return Hooks(
         service,
