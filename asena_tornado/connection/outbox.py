@@ -208,6 +208,7 @@ class Outbox:
                 connection.write_owed()
 
     def _write_batch(self, batch: Batch) -> None:
+        """Do as `_deal` does, but write to clients that are owed nothing. A copy: a broadcast spends its time here."""
         made: dict[object, tuple[bytes, list[int]]] = {}
         count = len(batch.messages)
         excluded = batch.excluded

@@ -22,13 +22,9 @@ def turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
     if not port:  # any free one: nobody else's
         yield
         return
-    lock = _turns.setdefault(port, threading.RLock())
-    if not lock.acquire(timeout=timeout):
-        raise ServerStateError(f"another server is still starting or stopping on port {port}")
-    try:
+    busy = f"another server is still starting or stopping on port {port}"
+    with lock_within(_turns.setdefault(port, threading.RLock()), timeout, busy=busy):
         yield
-    finally:
-        lock.release()
 
 
 # For tasks of one loop, which cannot wait for each other by blocking it.
@@ -43,10 +39,12 @@ def queue(port: int) -> contextlib.AbstractAsyncContextManager[Any]:
 
 
 @contextlib.contextmanager
-def lock_within(lock: threading.RLock, timeout: float) -> Iterator[None]:
-    """Hold the lock of a server; ``timeout``: seconds to wait for it, -1 for as long as it takes."""
+def lock_within(
+    lock: threading.RLock, timeout: float, *, busy: str = "another thread is still starting or stopping this server"
+) -> Iterator[None]:
+    """Hold the lock of a server. After ``timeout`` seconds (-1: never) raise `ServerStateError`: ``busy``."""
     if not lock.acquire(timeout=timeout):
-        raise ServerStateError("another thread is still starting or stopping this server")
+        raise ServerStateError(busy)
     try:
         yield
     finally:

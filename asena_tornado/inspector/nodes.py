@@ -20,7 +20,7 @@ from .subject import Subject
 R = TypeVar("R")
 
 _LIMIT = 1000  # sockets of one node that are listed
-_ID_LENGTH = 36  # a whole id; shorter is the beginning of one
+_ID_LENGTH = 36  # characters of a whole id
 
 
 @dataclass(frozen=True, slots=True, repr=False)

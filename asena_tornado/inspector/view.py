@@ -28,7 +28,7 @@ _EVENTS = 100
 _CHIPS = 20  # rooms of one socket
 _NAME = 300  # characters of a room that clients gave an endless name
 _CHUNK = 200  # sockets that are searched before others get their turn
-_SHARE = 0.05  # of the loop's time that one view may cost: after a costly answer it is to ask later
+_SHARE = 0.05  # of the loop's time that one view may take: after a slow answer it is told to ask later
 _WATCH = 5.0  # seconds that messages are recorded after a view asked
 
 
