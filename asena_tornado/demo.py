@@ -50,7 +50,7 @@ class Chat(AsenaWebSocketService[Person]):
         self.to(ws.data.room, {"type": "message", "username": ws.data.username, "text": message.text})
 
     def on_close(self, ws: Socket[Person]) -> None:
-        """Show those who stay who is still there."""
+        """Show everybody left in the room who is still there."""
         self._tell_who_is_there(ws.data.room)
 
     def _tell_who_is_there(self, room: str) -> None:

@@ -70,7 +70,7 @@ R = TypeVar("R")
 Hosting = Literal["thread", "kernel", "caller", "app"]
 State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
-# Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
+# Seconds for clients that may run in the very thread that waits for the stop, as in a cell, and so cannot answer.
 _HASTE = 0.1
 _SLACK = 2.0  # seconds after a time limit at which a caller gives up on a loop that does not answer
 _FOREVER = 1e7  # seconds; the longest wait that can be asked for
@@ -677,7 +677,7 @@ class AsenaServer:
             raise asyncio.CancelledError
         if old._state != "running" or old._closing is not None:
             raise ServerStateError(
-                "the server that this one was to replace has been stopped meanwhile: start this one again"
+                "the server that this one was to replace has stopped in the meantime: start this one again"
             )
 
     async def _retire(self, old: AsenaServer, http: FrontServer | None, leftovers: Leftovers) -> None:

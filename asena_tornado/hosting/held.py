@@ -101,7 +101,7 @@ class HeldSocket(socket.socket):
         size: int = libc.send(self, data, min(len(data), _MAX_LENGTH), _SEND_FLAGS)
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
-                return super().send(data)  # which knows what signal handlers are owed
+                return super().send(data)  # which runs signal handlers, and tries again
             del data  # which the traceback would keep
             raise _last_error()
         return size
@@ -340,7 +340,7 @@ def _selector() -> selectors.BaseSelector:
     elif sys.platform == "darwin" and hasattr(libc, "kevent") and isinstance(selector, selectors.KqueueSelector):
         held = HeldKqueue()
     if held is not None:
-        # Not public, but the same in all versions; a version that had another attribute would not look at this one.
+        # Not public, but the same in all versions. If it were renamed, setting this one would do no harm.
         unused, selector._selector = getattr(selector, "_selector", None), held  # noqa: SLF001
         if unused is not None:
             unused.close()

@@ -102,7 +102,7 @@ class LoopDoor:
                         raise
                     log.exception("a call from another thread failed")
                 if done > MAX_POSTED // 8:
-                    # Who waits need not wait for all of it.
+                    # Threads that wait for room need not wait until all of it is done.
                     self._make_room(done)
                     done = 0
         finally:
@@ -149,7 +149,7 @@ class LoopDoor:
             raise ServerStateError("the server stopped before this was done") from None
 
     async def _in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        # What this thread posted before comes before, also where the thread that is to wake the loop has not yet.
+        # What the calling thread posted earlier comes first, even if the loop was not woken for it yet.
         self._run_posted()
         return await _complete(work)
 
@@ -277,7 +277,7 @@ class LoopThread:
 
     def start(self) -> LoopThread:
         """Start the thread and return once its loop runs. Raises `ConfigurationError` if uvloop is not installed."""
-        # By yet another thread, as an interrupt in `Thread.start` may leave one that hangs before it has begun.
+        # Another thread starts it, as an interrupt in `Thread.start` may leave a thread that hangs before it has begun.
         _thread.start_new_thread(self._thread.start, ())
         self._ready.acquire()
         if self._failure is not None:
@@ -357,7 +357,7 @@ async def _cancel_others() -> None:
     for task in tasks:
         task.cancel()
     if tasks:
-        # Who does not let itself be cancelled is left behind: nothing must keep the loop from ending.
+        # Tasks that go on although they were cancelled are left behind: nothing must keep the loop from ending.
         done, _ = await asyncio.wait(tasks, timeout=1)
         await asyncio.gather(*done, return_exceptions=True)  # which takes note of what they raised
 

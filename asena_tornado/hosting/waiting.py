@@ -10,7 +10,7 @@ from typing import Any
 
 log = logging.getLogger("asena_tornado")
 
-AFTER_CANCEL = 1.0  # seconds that who is cancelled may still take
+AFTER_CANCEL = 1.0  # seconds that a task may go on after it was cancelled
 
 
 async def wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:

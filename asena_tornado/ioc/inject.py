@@ -97,7 +97,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
         if not (name.lower().startswith("on") or inspect.iscoroutinefunction(method)):
             continue
         near = min(hooks, key=lambda hook: _distance(name.lower(), hook))
-        # Who calls it has not meant a hook: those are called by the server.
+        # A method that the class calls itself is not meant as a hook: the server calls those.
         if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
             warnings.warn(
                 f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "

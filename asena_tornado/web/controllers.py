@@ -178,7 +178,7 @@ def _takes_context(cls: type[Any], name: str, mark: _Mark) -> None:
         )
 
 
-# What nobody calls the type of a context: a parameter of the path or the query, or a body.
+# Types that no context has: they are meant for a parameter of the path or the query, or for a body.
 _NO_CONTEXT = ("int", "str", "float", "bool", "bytes", "list", "dict", "UUID", "HTTPServerRequest")
 
 

@@ -233,7 +233,7 @@ class Namespace:
     ) -> int:
         """Send to the members of the room or rooms, once each; returns how many are addressed."""
         if rooms is None:
-            # A room that somebody forgot to set must not mean everybody.
+            # A room that is None by mistake must not mean everybody.
             check_room(rooms)  # type: ignore[unreachable]  # whatever the annotation says
         return self.publish(rooms, data, exclude=exclude, origin=origin)
 
@@ -361,7 +361,7 @@ class Namespace:
 
     def _join(self, socket: Socket[Any], room: str) -> None:
         if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
-            if self._is_full(socket, room):  # by what this thread, or another, had asked for before
+            if self._is_full(socket, room):  # since it was asked to join other rooms in between
                 log.error("%s did not join %r: %s", socket, room, self._full())
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
@@ -428,7 +428,7 @@ class Namespace:
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """Send nothing to the socket any more. `release_more` takes it out of its rooms; then ``on_close`` may run."""
         assert self.outbox is not None
-        # Of whatever has it among its members: one of its rooms, several, or everybody.
+        # The open batch may be for any of its rooms, for several, or for everybody.
         self.outbox.settle(socket)
         del self._everyone[socket]
         del self._by_id[socket.id]

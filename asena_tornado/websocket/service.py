@@ -224,7 +224,7 @@ def WebSocket(
         frame = sys._getframe(1)
         here = dict(frame.f_locals)
         handler = inspect.unwrap(cls.on_message)
-        # One inherited from another module means the names of that one.
+        # A hook inherited from another module means the names of that module.
         nearby = {**here, **vars(cls)} if handler.__globals__ is frame.f_globals else {}
         spec = WebSocketSpec(
             normal,
@@ -273,7 +273,7 @@ def _values_type(cls: type) -> Any:
 def _message_annotation(cls: type[AsenaWebSocketService[Any]]) -> Any:
     parameters = list(inspect.signature(cls.on_message).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    # Who does not take the message takes any.
+    # A hook without a parameter for the message takes any.
     return positional[1].annotation if len(positional) > 1 else str | bytes
 
 
