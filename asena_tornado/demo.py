@@ -41,13 +41,16 @@ class Chat(AsenaWebSocketService[Person]):
     """A room per name; everybody in it sees who is there and what is said."""
 
     def on_open(self, ws: Socket[Person]) -> None:
+        """Put the newcomer into the room, and show everybody in it who is there."""
         ws.subscribe(ws.data.room)
         self._tell_who_is_there(ws.data.room)
 
     def on_message(self, ws: Socket[Person], message: Said) -> None:
+        """Pass on what somebody says, under the name they came with."""
         self.to(ws.data.room, {"type": "message", "username": ws.data.username, "text": message.text})
 
     def on_close(self, ws: Socket[Person]) -> None:
+        """Show everybody left in the room who is still there."""
         self._tell_who_is_there(ws.data.room)
 
     def _tell_who_is_there(self, room: str) -> None:
@@ -61,6 +64,7 @@ class Page:
 
     @Get("/")
     def page(self, context: Context) -> Response:
+        """Answer with ``demo.html``, which may load nothing and be framed by nobody."""
         page = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
         return context.send(page, headers=_HEADERS)
 

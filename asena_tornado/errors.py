@@ -1,4 +1,4 @@
-"""Every exception of the package, each with what was wrong and what to do about it; and which ones no edge catches."""
+"""Every exception of the package, and how other people's exceptions are logged without their secrets and megabytes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class HookNameWarning(UserWarning):
 
 
 class ServerStateError(AsenaError, RuntimeError):
-    """The call needs a server in another state: it has not started, has stopped, or is on this very thread."""
+    """The server is in the wrong state for the call: not started, stopped, or running on the very thread that calls."""
 
 
 class PortInUseError(AsenaError, OSError):
@@ -229,9 +229,9 @@ class UlakError(AsenaError):
 
 
 def must_propagate(error: BaseException) -> bool:
-    """Whether an edge that catches whatever the user's code raises has to let this through: it is we who end the task.
+    """Whether a catch-all around a user's code has to let this through, as the task itself is being ended.
 
-    Anything else, ``SystemExit``, ``KeyboardInterrupt`` and what extensions raise included, must not end the loop.
+    Nothing else must end the loop, be it ``SystemExit``, ``KeyboardInterrupt`` or what an extension raises.
     """
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
@@ -247,11 +247,11 @@ def _no_task_runs() -> bool:
         return True
 
 
-# -- for texts: there may be a token in the query string of a URL, and a password in front of its host
+# -- for texts that show a URL
 
 
 def shown_url(url: str) -> str:
-    """The URL without those two, such as ``ws://host/chat?…``."""
+    """The URL without its query string and password, which are secret: ``ws://host/chat?…``."""
     base, query, _ = url.partition("?")
     scheme, separator, rest = base.partition("#")[0].partition("://")
     host, slash, path = rest.partition("/")
@@ -266,7 +266,7 @@ _MANY = 100  # validation errors
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text, or what fits of it into ``limit`` characters, with an ellipsis."""
+    """The text, cut to ``limit`` characters with an ellipsis if it is longer."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -276,7 +276,7 @@ def text_of(error: BaseException, limit: int = 500) -> str:
 
 
 def bounded(error: BaseException) -> BaseException:
-    """The error as it may be logged: itself, or one of the same name and traceback whose text is cut."""
+    """The error as it may be logged: itself, or one with the same name and traceback whose text is cut."""
     return _bounded(error, 20)
 
 

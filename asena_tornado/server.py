@@ -55,7 +55,7 @@ from .hosting import (
 )
 from .inspector import Desk, Inspector, Subject, View, page_routes
 from .site import PATIENCE, STOP_TIMEOUT, Site
-from .takeover import Leftovers, bury, take_over
+from .takeover import Leftovers, retire, take_over
 from .transports import Transport
 from .ulak.broker import Ulak
 from .web.controllers import ControllerHandler
@@ -70,7 +70,7 @@ R = TypeVar("R")
 Hosting = Literal["thread", "kernel", "caller", "app"]
 State = Literal["new", "starting", "running", "stopping", "stopped", "replaced"]
 
-# Seconds for clients that might be in the thread that waits for the stop, as in a cell, and cannot answer a close.
+# Seconds for clients that may run in the very thread that waits for the stop, as in a cell, and so cannot answer.
 _HASTE = 0.1
 _SLACK = 2.0  # seconds after a time limit at which a caller gives up on a loop that does not answer
 _FOREVER = 1e7  # seconds; the longest wait that can be asked for
@@ -203,7 +203,7 @@ class AsenaServer:
         self._thread: LoopThread | None = None
         self._http: FrontServer | None = None
         self._listeners: list[sockets.socket] = []
-        self._burying: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
@@ -222,7 +222,7 @@ class AsenaServer:
         return self._state
 
     def _notice_the_end(self) -> None:
-        """A loop that ended without a stop has ended the server, too: log it, and release what it had."""
+        """If the loop has ended without a stop, so has the server: log it, and release what the server had."""
         door = self._door
         if self._state not in ("starting", "running", "stopping") or door is None:
             return
@@ -237,13 +237,13 @@ class AsenaServer:
             door.shut()
             self._forget_connections()
             self._http = None
-            self._burying = self._closing = None
+            self._retiring = self._closing = None
             self._give_up("the server's loop has ended without a stop: call server.start() again")
         finally:
             self._lock.release()
 
     def _forget_connections(self) -> None:
-        """Close the descriptors: there is no loop any more that could do it in an orderly way."""
+        """Close the descriptors, now that no loop is left that could do it in an orderly way."""
         for namespace in self._site.namespaces.values():
             for socket in (*namespace.sockets.values(), *namespace.leaving):
                 socket._connection.abandon()
@@ -541,7 +541,7 @@ class AsenaServer:
         self._opening = None
 
     def _prepare(self) -> None:
-        """Everything that needs no waiting, on the loop's thread."""
+        """Do everything that needs no waiting, on the loop's thread."""
         self._site.build()
         self._check_address()
         if self._hosting != "app":
@@ -552,7 +552,7 @@ class AsenaServer:
         self._door = door
 
     async def _open(self) -> None:
-        """In a task of its own, which a stop cancels."""
+        """Open in a task of its own, which a stop cancels."""
         self._opening = asyncio.current_task()
         try:
             if self._door is None or self._door.is_shut:
@@ -571,7 +571,7 @@ class AsenaServer:
         self._listen(http)
 
     def _open_in_background(self, old: AsenaServer | None = None) -> None:
-        """On the loop that runs this code: what has to be awaited goes on in a task."""
+        """Open on the loop that runs this code; what has to be awaited goes on in a task."""
         if old is None:
             self._prepare()
         else:
@@ -668,24 +668,24 @@ class AsenaServer:
         switching.release(old)
         old._stopped.set()
         _running.discard(old)
-        self._burying = asyncio.get_running_loop().create_task(self._bury(old, old_http, leftovers))
+        self._retiring = asyncio.get_running_loop().create_task(self._retire(old, old_http, leftovers))
 
     def _check_still_wanted(self, old: AsenaServer) -> None:
-        """Right before the switch: whether both sides still want it."""
+        """Raise right before the switch unless both servers still want it."""
         if self._state != "starting":
             # The thread that waited for the start was interrupted, and has given it up meanwhile.
             raise asyncio.CancelledError
         if old._state != "running" or old._closing is not None:
             raise ServerStateError(
-                "the server that this one was to replace has been stopped meanwhile: start this one again"
+                "the server that this one was to replace has stopped in the meantime: start this one again"
             )
 
-    async def _bury(self, old: AsenaServer, http: FrontServer | None, leftovers: Leftovers) -> None:
+    async def _retire(self, old: AsenaServer, http: FrontServer | None, leftovers: Leftovers) -> None:
         """End what is left of the old server."""
-        before, old._burying = old._burying, None
+        before, old._retiring = old._retiring, None
         if before is not None:
             await before
-        await bury(leftovers, self._site)
+        await retire(leftovers, self._site)
         if http is not None:
             await http.front.dismiss()
         old._door = None
@@ -813,7 +813,7 @@ class AsenaServer:
             await asyncio.shield(self._closing)
 
     def _leave_behind(self, timeout: float, door: LoopDoor) -> None:
-        """It stops when its loop is free again: nothing more can be done about a thread that is blocked."""
+        """Let it stop when its loop is free again, and log that: nothing more can be done about a blocked thread."""
         if self._state == "running":
             self._state = "stopping"
         log.error(
@@ -847,8 +847,8 @@ class AsenaServer:
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
             await wait_for(self._opening, deadline, "the start")
-        if self._burying is not None:
-            await wait_for(self._burying, loop.time() + timeout / 2, "the end of the server that this one replaced")
+        if self._retiring is not None:
+            await wait_for(self._retiring, loop.time() + timeout / 2, "the end of the server that this one replaced")
         self._state = "stopping"
         _running.discard(self)
         try:
@@ -866,7 +866,7 @@ class AsenaServer:
             self._site.end("the server has stopped: call server.start() again")
             self._stop_listening()
             self._http = None
-            self._opening = self._closing = self._burying = None
+            self._opening = self._closing = self._retiring = None
             self._state = "stopped"
             switching.release(self)
             self._stopped.set()
@@ -944,7 +944,7 @@ class AsenaServer:
         return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
 
     def override(self, target: Any, replacement: Any) -> Self:
-        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start:
+        """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start.
 
             server = AsenaServer(WeatherSocket, port=0).override(Weather, FakeWeather())
 
@@ -972,7 +972,7 @@ class AsenaServer:
         if self._state == "replaced":
             raise ServerStateError(
                 f"this server was replaced by a newer one on port {self._port}, as when a cell is run again: "
-                "use that one"
+                "use the newer one"
             )
         if self._door is None or self._state == "new":
             raise ServerStateError("the server is not running: call server.start() first")

@@ -180,7 +180,7 @@ class Site:
         await self.controllers.drain(deadline)
 
     def end(self, why: str) -> None:
-        """Nothing is sent any more: Ulak says ``why``, taps end."""
+        """End sending: from here on, Ulak raises ``why``, and taps end."""
         for namespace in self.namespaces.values():
             namespace.events.end()
         self.ulak.close(why)
@@ -193,11 +193,11 @@ class Site:
 
     @property
     def handling(self) -> bool:
-        """Whether the caller is a part of this site, such as a handler."""
+        """Whether the calling code runs inside this site, such as in a handler."""
         return self._door is not None and serving.get() is self._door
 
     async def new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
-        """Join the other nodes with these namespaces; None where there are none."""
+        """Join the other nodes with these namespaces; None for a server without a transport."""
         if isinstance(self.transport, LocalTransport) and self.transport.hub is None:
             return None
         cluster = Cluster(self.transport, on_gap=self.on_gap, describe=SocketSnapshot.of)
@@ -213,8 +213,10 @@ class Site:
 async def close_sockets(
     namespaces: Sequence[Namespace], deadline: float, patience: float, code: int, reason: str
 ) -> None:
-    """Close every socket once its handler is done, and wait until each ``on_close`` has run; at ``deadline`` (loop
-    time) cut them off."""
+    """Close every socket once its handler is done, and wait until each ``on_close`` has run.
+
+    Those that are left at ``deadline`` (loop time) are cut off.
+    """
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()
 
@@ -224,7 +226,7 @@ async def close_sockets(
 
     look()
     for namespace in namespaces:
-        # Time has to be left for the good-byes.
+        # Time has to be left for the close handshakes.
         grace = max(0.0, min(namespace.options.handler_grace, (deadline - loop.time()) / 2))
         everyone = [*namespace.sockets.values(), *namespace.leaving]
         for i in range(0, len(everyone), _CLOSE_BATCH):

@@ -1,7 +1,7 @@
 """One site after another, as when a notebook cell is run again: the clients stay, the code is new.
 
-The new site starts beside the old one, behind the same door; whatever fails until then leaves the old one as it was.
-The switch waits for nothing. Then the old one is ended, as far as nothing of it lives on.
+The new site starts beside the old one, behind the same door; if that fails, the old one stays as it was. The switch
+itself waits for nothing. After it, whatever the new site did not take over from the old one is ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .websocket.service import bind
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What the old site had that the new one has not."""
+    """What the new site did not take over from the old one."""
 
     site: Site
     gone: list[Namespace]
@@ -30,7 +30,7 @@ async def take_over(new: Site, old: Site, door: LoopDoor, check: Callable[[], No
     """Put the new site in the place of the old one, behind the same door.
 
     ``check`` may raise right before the switch. The clients of namespaces that both have pass over. What is left is
-    returned, for `bury`.
+    returned, for `retire`.
     """
     new.build()
     cluster = await _cluster_for(new, old)
@@ -63,7 +63,7 @@ async def _cluster_for(new: Site, old: Site) -> Cluster | None:
 
 
 def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Leftovers:
-    """This waits for nothing: it falls between two messages."""
+    """Switch without waiting for anything, and so between two messages."""
     assert old.outbox is not None
     new.outbox = old.outbox
     new.outbox.ledger.limit = new.max_buffered_bytes
@@ -86,7 +86,7 @@ def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Le
     return Leftovers(old, gone, None if old_cluster is cluster else old_cluster)
 
 
-async def bury(leftovers: Leftovers, successor: Site) -> None:
+async def retire(leftovers: Leftovers, successor: Site) -> None:
     """End what is left of the old site: namespaces without a successor (closed with 1012), components."""
     old = leftovers.site
     deadline = asyncio.get_running_loop().time() + STOP_TIMEOUT
@@ -95,8 +95,8 @@ async def bury(leftovers: Leftovers, successor: Site) -> None:
     if leftovers.cluster is not None:
         await leftovers.cluster.stop()
     await old.container.stop(successor=successor.container, until=deadline)
-    old.ulak.close("this server was replaced by a newer one, as when a cell is run again: use that one's")
+    old.ulak.close("this server was replaced by a newer one, as when a cell is run again: use the newer one's")
     old.namespaces, old.endpoints, old.outbox = {}, {}, None
 
 
-__all__ = ["Leftovers", "bury", "take_over"]
+__all__ = ["Leftovers", "retire", "take_over"]

@@ -639,7 +639,7 @@ class Scene:
         return [len(await node.ask("nodes")) for node in self.nodes] == [NODES] * NODES
 
     async def heard_anew(self) -> None:
-        """Every node has had a sign of life of every other since now."""
+        """Wait until every node has heard from every other one."""
         now = monotonic()
 
         async def heard() -> bool:

@@ -1520,7 +1520,7 @@ async def test_a_node_of_the_next_release_and_one_of_this_exchange_messages(make
         chat(a).to("x", "1")
         chat(a).to(["x", "y"], "2")
         chat(b).to("x", "3")
-        # A kind of envelope that this release does not know yet is no reason to complain.
+        # A kind of envelope that this release does not know yet is ignored.
         unknown: Any = 77
         a.cluster.transport.publish("nodes", pack(a.cluster.id, unknown, b"{}"))
         a.cluster.transport.publish("/chat#x", pack(a.cluster.id, unknown, b"{}"))

@@ -1147,7 +1147,7 @@ async def test_a_failing_on_start_stops_what_had_started_and_names_the_component
     container = Container(Failing)
     with pytest.raises(OSError, match="no database") as caught:
         await container.start()
-    assert caught.value.__notes__ == ["raised by Failing.on_start(); what had started has been stopped"]
+    assert caught.value.__notes__ == ["raised by Failing.on_start(); the components that had started were stopped"]
     assert log == ["start C", "start B", "stop B", "stop C"]
     assert container.get(b) is container.get(Failing).before
 

@@ -1,9 +1,9 @@
 """Who receives what, in which order: clients, the loop and other threads do things at random, against a simple model.
 
-What happens on the server's loop has one order, and the model knows it: it is told in the same breath. So what is
+What happens on the server's loop has one order, and the model knows it, as it is told at the same moment. So what is
 sent from there arrives exactly as the model says. What other threads send takes effect some time between the call
-and the next sign of life of the loop: whoever is a member all the while receives it, whoever never is does not, and
-it comes between the messages before and those after.
+and the next turn of the loop: a socket that is a member all the while receives it, one that never is does not, and it
+comes between the messages before and those after.
 
 ``--long`` does more of it, ``--seed`` begins the same way as a run that failed.
 """
@@ -471,7 +471,7 @@ class Player:
             self._write(1, payload)
 
     def close(self) -> None:
-        """Say good-bye; what comes until the answer is received."""
+        """Send a close frame; what comes before the answer is still received."""
         if self.person.end == "stays":
             self.person.leaving, self.person.end = self._stage.model.clock, "closes"
         self._closing = True
@@ -677,7 +677,7 @@ async def on_stage(stage: Stage) -> AsyncIterator[Stage]:
     try:
         yield stage
         namespace = stage.server.namespaces["/play"]
-        while namespace.sockets or namespace.leaving:  # what has said good-bye goes by itself
+        while namespace.sockets or namespace.leaving:  # those that are closing go by themselves
             await asyncio.to_thread(stage.call, lambda: None)
         assert dict(namespace.rooms) == {}
     finally:

@@ -185,7 +185,7 @@ def ask(wire, path: str, headers: str, body: str = "3\r\nabc\r\n0\r\n\r\n") -> b
 def test_a_request_whose_end_is_ambiguous_is_refused(server, wires, path, headers):
     wire = wires.dial(server)
     assert status(ask(wire, path, headers)) == 400
-    assert b"HTTP/1.1" not in wire.rest()  # what follows is no request
+    assert b"HTTP/1.1" not in wire.rest()  # what follows is not taken for a request
 
 
 async def test_so_it_is_inside_a_tornado_application(wires):

@@ -218,7 +218,7 @@ KINDS: dict[str, Kind] = {
     "breaks the protocol": sends(b"\x81\x00"),
     "sends broken text": sends(masked(b"\xff")),
     "sends a wrong close code": sends(masked(b"\x00\x00", 8)),
-    "is no WebSocket": asks(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "does not ask for a WebSocket": asks(b"GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     "is of another origin": asks(HANDSHAKE + b"Origin: http://elsewhere\r\n\r\n"),
     "goes within the handshake": asks(HANDSHAKE, waits=False),
     "goes right after asking": asks(HANDSHAKE + b"\r\n", waits=False),

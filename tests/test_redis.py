@@ -625,7 +625,7 @@ async def test_a_node_killed_with_its_clients_is_gone_within_seconds_and_the_oth
         assert await clients[5].recv() == "1"
 
 
-# -- what is no failure, and what is one
+# -- what counts as a failure
 
 
 def connections(redis_server: RedisServer) -> int:

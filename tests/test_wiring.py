@@ -337,7 +337,7 @@ async def test_a_component_that_cannot_start_stops_those_that_had_and_frees_the_
     server = AsenaServer(mail, port=0)
     with pytest.raises(ConnectionError, match="no mail server") as failure:
         await hosted(server, hosting).__aenter__()
-    assert failure.value.__notes__ == ["raised by Mail.on_start(); what had started has been stopped"]
+    assert failure.value.__notes__ == ["raised by Mail.on_start(); the components that had started were stopped"]
     assert diary.entries == ["Database starts", "Database stops"]
     assert server.state == "stopped"
     with socket.socket() as again:

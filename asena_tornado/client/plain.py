@@ -25,8 +25,8 @@ _MAX_MESSAGE_SIZE = 64 * 1024 * 1024  # bytes
 class Client:
     """One connection to a server, made by `connect`; for notebooks and tests.
 
-    What arrives is kept until it is asked for, so pings and a close are answered meanwhile. It may be used from any
-    loop. ``async for message in client`` goes on until the connection is closed, ``async with`` closes it.
+    What arrives is kept until you ask for it, so pings and a close are answered in the meantime. It may be used from
+    any loop. ``async for message in client`` goes on until the connection is closed, ``async with`` closes it.
 
     Attributes:
         url: The address it is connected to.
@@ -171,7 +171,9 @@ class Client:
 async def connect(
     url: str, *, headers: Mapping[str, str] | None = None, timeout: float = _DEFAULT_TIMEOUT, ssl_options: Any = None
 ) -> Client:
-    """Connect to a WebSocket server: ``client = await connect("ws://localhost:3000/chat")``.
+    """Connect to a WebSocket server.
+
+        client = await connect("ws://localhost:3000/chat")
 
     The client lives on the loop that awaits this. In a notebook it lives on a thread of its own, so that it answers
     pings and closes while a cell computes.
@@ -192,7 +194,7 @@ async def connect(
         ValueError: The address is not that of a WebSocket. No text of these errors shows the query string.
     """
     if not url.startswith(("ws://", "wss://")):
-        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, but this is {shown_url(url)!r}")
+        raise ValueError(f"the URL of a WebSocket begins with ws:// or wss://, not {shown_url(url)!r}")
     request = HTTPRequest(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )

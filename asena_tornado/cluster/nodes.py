@@ -68,6 +68,7 @@ class Count(int):
     settled: bool
 
     def __new__(cls, value: int, missing: Iterable[str] = (), *, settled: bool = True) -> Self:
+        """A number that says what it leaves out."""
         self = super().__new__(cls, value)
         self.missing = tuple(missing)
         self.settled = settled

@@ -1,4 +1,4 @@
-"""Bytes in and out of one upgraded connection: a raw socket on the loop, or Tornado's stream where it must be TLS."""
+"""Bytes in and out of one upgraded connection: its socket, or Tornado's stream on loops that cannot watch a socket."""
 
 from __future__ import annotations
 
@@ -38,11 +38,25 @@ def _shared_buffer() -> memoryview:
 class ChannelOwner(Protocol):
     """What gets the events of a channel. All calls come on the loop."""
 
-    def data_received(self, data: bytes) -> None: ...
-    def peer_gone(self) -> None: ...
-    def channel_lost(self, error: Exception | None) -> None: ...
-    def channel_progressed(self) -> None: ...
-    def channel_drained(self) -> None: ...
+    def data_received(self, data: bytes) -> None:
+        """Take the next bytes from the client."""
+        ...
+
+    def peer_gone(self) -> None:
+        """The client has closed its side. What it sent before that may still have to be read: do not pause any more."""
+        ...
+
+    def channel_lost(self, error: Exception | None) -> None:
+        """The connection is gone, after an ``error`` if there was one. Nothing is called after this."""
+        ...
+
+    def channel_progressed(self) -> None:
+        """The system has taken some of the bytes that were waiting."""
+        ...
+
+    def channel_drained(self) -> None:
+        """The system has taken all of the bytes that were waiting."""
+        ...
 
 
 class Channel(Protocol):
@@ -55,16 +69,45 @@ class Channel(Protocol):
     waiting: int
     send: Callable[[bytes], int] | None
 
-    def start(self, owner: ChannelOwner, received: bytes) -> None: ...
-    def write(self, data: bytes) -> None: ...
-    def sent(self, data: bytes, size: int, error: OSError | None = None) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def fileno(self) -> int: ...
-    def finish(self) -> None: ...
-    def shut(self) -> None: ...
-    def abort(self) -> None: ...
-    def give_up(self) -> None: ...
+    def start(self, owner: ChannelOwner, received: bytes) -> None:
+        """Begin to read, and tell ``owner``, first of all about ``received``, which has already arrived."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send what the system takes now and keep the rest, in order. Never waits and never raises."""
+        ...
+
+    def sent(self, data: bytes, size: int, error: OSError | None = None) -> None:
+        """Keep the rest: the caller's ``send(data)`` took only ``size`` bytes, or raised ``error``."""
+        ...
+
+    def pause(self) -> None:
+        """Stop reading, so that TCP slows the client down."""
+        ...
+
+    def resume(self) -> None:
+        """Read again."""
+        ...
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once it is closed."""
+        ...
+
+    def finish(self) -> None:
+        """Close once everything has been sent."""
+        ...
+
+    def shut(self) -> None:
+        """Shut down the sending side once everything has been sent, and read until the client closes as well."""
+        ...
+
+    def abort(self) -> None:
+        """Close now, whatever is unsent."""
+        ...
+
+    def give_up(self) -> None:
+        """Close the descriptor and nothing else, for a process or thread in which the loop does not run."""
+        ...
 
 
 class SocketChannel:
@@ -242,8 +285,7 @@ class SocketChannel:
         return self._fd
 
     def give_up(self) -> None:
-        """Close the descriptor and nothing else: in a forked child, where the connection is the parent's, or without a
-        loop."""
+        """Close the descriptor and nothing else: in a forked child, or once the loop has ended."""
         os.close(self._sock.detach())
 
     def _lost(self, error: Exception | None) -> None:
@@ -267,8 +309,8 @@ class SocketChannel:
 class TlsChannel(SocketChannel):
     """The same over TLS: Python's own ``ssl`` socket, read and written directly.
 
-    TLS has buffers of its own: what it has decrypted is nothing that the system reports, and a write may have to wait
-    for something to be read, or a read for something to be written, as when keys are changed.
+    TLS has buffers of its own: the system does not report bytes that are decrypted already, and a write may have to
+    wait until something has been read, or a read until something has been written, as when keys are changed.
     """
 
     __slots__ = ("_read_waits", "_write_waits")
@@ -315,7 +357,7 @@ class TlsChannel(SocketChannel):
         self._loop.call_soon(self._readable)
 
     def resume(self) -> None:
-        """Read (again), also what is decrypted already."""
+        """Read again, including what is decrypted already."""
         if not self._reading and self._fd >= 0:
             super().resume()
             if self._owner is not None:
@@ -453,8 +495,7 @@ class StreamChannel:
         return -1 if self._gone or self._stream.closed() else self._stream.socket.fileno()
 
     def give_up(self) -> None:
-        """Close the descriptor and nothing else: in a forked child, where the connection is the parent's, or without a
-        loop."""
+        """Close the descriptor and nothing else: in a forked child, or once the loop has ended."""
         os.close(self._stream.socket.detach())
 
     def _closed(self) -> None:

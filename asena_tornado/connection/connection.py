@@ -147,7 +147,7 @@ class Connection:
         self._proceed()
 
     def ping_received(self, payload: bytes) -> None:
-        """Answer at once, however busy the handler is; but a client that reads no answers gets no more of them."""
+        """Answer at once, however busy the handler is, unless the client does not read the answers."""
         if self.state is not ReadyState.OPEN:
             return
         if self.channel.waiting <= self._limit:
@@ -155,7 +155,7 @@ class Connection:
         self._dispatch.notify(self._namespace.hooks.ping, payload)
 
     def peer_gone(self) -> None:
-        """The client has sent its last byte, behind those that we do not read yet: read up to it, whatever waits."""
+        """The client has closed its side: read all that it sent before, however much waits for the handler."""
         self.peer_is_gone = True
         self.release()
 
@@ -231,7 +231,7 @@ class Connection:
         return True
 
     def write(self, data: bytes, count: int) -> bool:
-        """Hand joined frames (``count`` messages) to the channel, as far as the limit allows; whether all fitted."""
+        """Hand joined frames (``count`` messages) to the channel, as far as the limit allows. True if all fitted."""
         channel = self.channel
         fits = True
         if channel.waiting and (self._overflowing or channel.waiting + len(data) > self._limit):
@@ -371,7 +371,7 @@ class Connection:
         self.channel.abort()
 
     def abandon(self) -> None:
-        """Close the descriptor and nothing else: there is no loop any more, or it is another process's."""
+        """Close the descriptor and nothing else: the loop has ended, or belongs to the parent process."""
         self.channel.give_up()
 
     def cut_off(self) -> None:
@@ -390,7 +390,7 @@ class Connection:
             act(*args)
 
     def _proceed(self) -> None:
-        """Have what arrived handled, and after it end what is to end."""
+        """Have the dispatch handle what arrived; after that, end the connection if it is to end."""
         self._dispatch.proceed()
         if self._afterwards is not None:
             (act, args), self._afterwards = self._afterwards, None
@@ -424,7 +424,7 @@ class Connection:
         self._close_timer = self._loop.call_later(seconds, self._unanswered)
 
     def _unanswered(self) -> None:
-        """The client has not answered in time. If it has been sent everything, it may still read it."""
+        """The client has not answered in time: abort, unless all has been sent, which it may then still read."""
         if self.channel.waiting:
             self.channel.abort()
         else:
@@ -490,9 +490,9 @@ class Connection:
 
 
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:
-    """The leading messages of ``data`` that fit into ``room`` bytes, and how many they are.
+    """The leading messages of ``data`` that fit into ``room`` bytes, and how many there are.
 
-    Control frames stay even where they do not fit: a client that gets no ping cannot answer it.
+    Control frames are kept even where they do not fit: a client that gets no ping cannot answer it.
     """
     at = count = 0
     kept = []

@@ -131,7 +131,7 @@ class Deflate:
         return zlib.decompressobj(-max(9, self._parameters.client_max_window_bits))
 
     def frame(self, message: Message) -> bytes:
-        """The message as this connection's compressed frame (or as it is, when it is short)."""
+        """The message as a frame, compressed for this connection unless it is short."""
         if len(message.payload) < self._threshold:
             return message.frame
         if self.shared is None:
@@ -144,7 +144,7 @@ class Deflate:
         return made
 
     def restart(self) -> None:
-        """Frames were made but will not be sent: what comes next must not refer to them."""
+        """Frames were made but will not be sent: later ones must not refer to their content."""
         if self._compressor is not None:
             self._compressor = self._new_compressor()
 
@@ -156,7 +156,7 @@ class Deflate:
     def inflating(self, data: bytes, limit: int) -> Generator[int, None, bytes]:
         """Undo the client's compression, in steps that each yield how many bytes they made.
 
-        `ProtocolError` 1009 past ``limit`` bytes, 1007 when the data is broken.
+        Raises `ProtocolError` with 1009 past ``limit`` bytes, with 1007 when the data is broken.
         """
         stream = self._decompressor or self._new_decompressor()
         source = data + _TAIL
@@ -200,22 +200,22 @@ class Deflate:
 
 
 class Inflates(Protocol):
-    """A parser with a message that is inflated bit by bit."""
+    """A parser that inflates a message piece by piece."""
 
     def inflate(self, allowance: int) -> int:
-        """Make up to ``allowance`` bytes of it; what is left of that, over 0 only once it is whole."""
+        """Inflate up to ``allowance`` bytes more; return what is left of it, above 0 only once the message is whole."""
         ...
 
     def parse_on(self) -> None:
-        """Parse what came after it."""
+        """Parse what came after the message."""
         ...
 
 
 class InflationQueue:
-    """The queue for large messages to be inflated: one at a time, and a limited part of it per turn of the loop.
+    """Large messages that wait to be inflated: one at a time, and only so many bytes per turn of the loop.
 
-    A kilobyte from a client can be a megabyte inflated. With a share of each turn, however many clients send such,
-    everybody else is served in between; and one at a time, as half a message takes memory and is of no use.
+    A kilobyte from a client can be a megabyte inflated. As each turn inflates only so much, everybody else is served
+    in between, however many clients send such messages. And one at a time, as half a message only takes up memory.
     """
 
     __slots__ = ("_loop", "_scheduled", "_waiting")

@@ -142,9 +142,9 @@ class Dispatch:
     def proceed(self) -> None:
         """After `message_received`, once or several times: handle what has arrived, or have the task do it.
 
-        A handler begins without waiting for the task's turn, but as the task: it finds what it would find there,
-        ``asyncio.current_task()``, its context variables, its place in the order. When one has to wait, or when there
-        is much to do, the task goes on with it.
+        A handler begins without waiting for the task's turn, but runs as the task: ``asyncio.current_task()``, the
+        context variables and the order of messages are what they would be there. When a handler has to wait, or when
+        there is much to do, the task carries on.
         """
         wake = self._wake
         if wake is None or not self._inbox or wake.done():  # done: cancelled with the task, which has not run since
@@ -168,7 +168,7 @@ class Dispatch:
             wake.set_result(None)
 
     def _begin(self) -> Awaitable[None] | None:
-        """Handle messages as far as that is possible without waiting; what is left to do of the last one."""
+        """Handle messages as far as possible without waiting; return what is left to do of the last one."""
         inbox, socket, namespace = self._inbox, self._source.socket, self._namespace
         for _ in range(_AT_ONCE):
             if not inbox:
@@ -241,7 +241,7 @@ class Dispatch:
         self._done[0]()
 
     def end(self) -> None:
-        """No more messages will come. Let the handler finish what did come, but not for ever."""
+        """No more messages will come. Let the handler finish those that came, within ``handler_grace``."""
         if self._wake is not None:
             if not self._wake.done():
                 self._wake.set_result(None)
@@ -336,7 +336,7 @@ class Dispatch:
                     await self._go_on()
 
     async def _go_on(self, cancelled: asyncio.CancelledError | None = None) -> None:
-        """With the handler that was begun; ``cancelled``: the task was, meanwhile."""
+        """Finish the handler that was begun. ``cancelled``: the task was cancelled in the meantime."""
         begun, self._begun = self._begun, None
         assert begun is not None
         try:
@@ -425,7 +425,7 @@ class _Begun:
             yield from self._coroutine.__await__()
 
     def after(self, error: BaseException) -> Awaitable[None]:
-        """The rest of it, where it is not to go on but to raise the error."""
+        """The same, except that the error is raised in it instead of going on."""
         return _Rest(self._throw(error))
 
     def _throw(self, error: BaseException) -> Generator[Any, Any, None]:

@@ -56,15 +56,25 @@ class Inflater(Protocol):
 class Messages(Protocol):
     """Takes the messages."""
 
-    def message_received(self, data: str | bytes) -> None: ...
+    def message_received(self, data: str | bytes) -> None:
+        """Take a whole message: text as ``str``, binary as bytes. Must not raise."""
+        ...
 
 
 class Controls(Protocol):
     """Takes the control frames."""
 
-    def ping_received(self, payload: bytes) -> None: ...
-    def pong_received(self, payload: bytes) -> None: ...
-    def close_received(self, code: int, reason: str) -> None: ...
+    def ping_received(self, payload: bytes) -> None:
+        """Answer with a pong that has the same payload (RFC 6455 §5.5.2)."""
+        ...
+
+    def pong_received(self, payload: bytes) -> None:
+        """Take the answer to a ping, or a pong that nobody asked for (RFC 6455 §5.5.3)."""
+        ...
+
+    def close_received(self, code: int, reason: str) -> None:
+        """Answer the close frame, unless it is an answer itself. ``code`` is 1005 if it has none."""
+        ...
 
 
 class FrameParser:
@@ -121,7 +131,7 @@ class FrameParser:
 
     @property
     def waiting(self) -> bool:
-        """Whether a data frame is held back, or what came behind a message that is being inflated."""
+        """Whether anything is held back: a data frame, or what came after a message that is being inflated."""
         return self._inflating is not None or (self._held and bool(self._rest))
 
     @property
@@ -131,7 +141,7 @@ class FrameParser:
 
     @property
     def pending(self) -> int:
-        """Bytes that are kept here: of an unfinished message, and of what is not parsed yet."""
+        """Bytes that are kept here: those of an unfinished message, and those that are not parsed yet."""
         return self._size + len(self._rest)
 
     def hold(self) -> None:
@@ -139,12 +149,12 @@ class FrameParser:
         self._held = True
 
     def release(self, allowance: int = sys.maxsize) -> None:
-        """Hold nothing back any more: `go_on` parses it. ``allowance``: see `feed`."""
+        """Stop holding frames back; `go_on` parses them. ``allowance``: see `feed`."""
         self._held = False
         self._allowance = allowance
 
     def go_on(self) -> None:
-        """Parse what was held back, or came behind a message that is inflated now."""
+        """Parse what was held back, or came after a message that is inflated by now."""
         if self._rest:
             self.feed(b"", self._allowance)
 
@@ -160,7 +170,7 @@ class FrameParser:
             self._opcode = 0
 
     def feed(self, data: bytes, allowance: int = sys.maxsize) -> None:
-        """Parse the next bytes of the stream. Raises `ProtocolError`; the parser is of no use afterwards.
+        """Parse the next bytes of the stream. After it has raised `ProtocolError`, the parser cannot be used any more.
 
         ``allowance``: bytes that may be inflated at once; a message that takes more waits for `inflate`.
         """
@@ -284,7 +294,7 @@ class FrameParser:
         self._mask = mask
 
     def _continue_frame(self, data: bytes, pos: int, end: int) -> int:
-        """Take what is here of the current frame's payload; returns where the next frame begins."""
+        """Take as much of the current frame's payload as has arrived; return where the next frame begins."""
         stop = min(end, pos + self._left)
         size = stop - pos
         if size:
@@ -330,7 +340,7 @@ class FrameParser:
             self._inflate()
 
     def inflate(self, allowance: int) -> int:
-        """Go on with the message that is being inflated; what is left of the allowance."""
+        """Go on with the message that is being inflated; return what is left of the allowance."""
         self._allowance = allowance
         self._inflate()
         left, self._allowance = self._allowance, 0

@@ -1,4 +1,4 @@
-"""Our own HTTP server: Tornado's, which asks us about handshakes first."""
+"""Our own HTTP server: Tornado's, except that handshakes are answered here."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Front(HTTPServerConnectionDelegate):
         self.app.on_close(server_conn)
 
     def give_way(self, successor: Front) -> None:
-        """Have another one's answers from now on."""
+        """Answer as ``successor`` does from now on."""
         self.app, self.find, self.hosts = successor.app, successor.find, successor.hosts
 
     async def dismiss(self) -> None:
-        """Have every handshake answered, with 503 where middleware has not decided yet."""
+        """Answer every handshake that is under way, with 503 where middleware has not decided yet."""
         for handshake in self.asking:
             handshake.hurry()
         if self.asking:
@@ -69,7 +69,7 @@ class Front(HTTPServerConnectionDelegate):
 
 
 class _Stream(IOStream):
-    """Counts what the system took, which tells slow readers from those that read nothing."""
+    """Counts the bytes that the system took, to tell clients that read slowly from those that do not read at all."""
 
     written = 0
     stuck: tuple[int, float] | None = None  # at how much, since when
@@ -89,8 +89,8 @@ class _SecureStream(_Stream, SSLIOStream):
 class FrontServer(HTTPServer):
     """Tornado's HTTP server for a `Front`, with our own way to accept connections and to end them.
 
-    A client that takes nothing of its answer for as long as a request may take to arrive is cut off. Who waits for
-    an answer to a handshake when everything is closed is answered before.
+    A client that reads nothing of its answer for as long as a request may take to arrive is cut off. When everything is
+    closed, clients that still wait for the answer to a handshake get one first.
     """
 
     _acceptor: Acceptor | None = None
@@ -112,7 +112,7 @@ class FrontServer(HTTPServer):
             super().add_sockets(listeners)
 
     def stop(self) -> None:
-        """Accept no more. What is connected goes on."""
+        """Accept no more connections. Those that there are go on."""
         if self._acceptor is not None:
             self._acceptor.stop()
             self._acceptor = None
@@ -175,13 +175,13 @@ class FrontServer(HTTPServer):
 
     @property
     def front(self) -> Front:
-        """What answers."""
+        """The `Front` that answers requests."""
         front = self.request_callback
         assert isinstance(front, Front)
         return front
 
     def inherit(self, old: FrontServer) -> None:
-        """Answer from now on what comes in on connections of a server that stops: they may have just been made."""
+        """Answer requests on the connections of a server that stops, as some of them may only just have been made."""
         old.stop()
         old.front.give_way(self.front)
         servers = (*old._predecessors, old)

@@ -99,7 +99,7 @@ class Handshake:
         self._values = context.websocket_value(self._query)
 
     def hurry(self) -> None:
-        """The time for middleware is over."""
+        """Give middleware no more time: answer with 503 unless it has decided."""
         if self._limit is not None and not self._limit.expired():
             self._hurried = True
             self._limit.reschedule(self._endpoint.loop.time())
@@ -240,7 +240,7 @@ class Handshake:
 
 
 async def _admit() -> None:
-    """What is behind the middleware of a handshake: the upgrade, which needs nothing more."""
+    """What comes after the middleware of a handshake: nothing, as the upgrade needs nothing more."""
 
 
 def refused(endpoint: Endpoint, request: HTTPServerRequest, response: Response) -> None:
@@ -253,9 +253,10 @@ def refused(endpoint: Endpoint, request: HTTPServerRequest, response: Response) 
 
 
 class HandshakeHandler(JsonHandler, WebSocketHandler):
-    """A handshake inside somebody's Tornado application. It ends with the upgrade: the `Connection` lives on alone."""
+    """A handshake inside a user's Tornado application. The handler ends with the upgrade; the `Connection` lives on."""
 
     def initialize(self, endpoint: Callable[[], Awaitable[Endpoint]], hosts: Hosts) -> None:
+        """Take what the route was given: how to wait for the namespace's endpoint, and the accepted hosts."""
         self._find_endpoint = endpoint
         self._hosts = hosts
 
@@ -276,6 +277,7 @@ class HandshakeHandler(JsonHandler, WebSocketHandler):
         handshake.upgrade(self.detach())
 
     def allowed(self) -> str:
+        """Only GET: a handshake is nothing else (RFC 6455 §4.1)."""
         return "GET"
 
     def check_xsrf_cookie(self) -> None:

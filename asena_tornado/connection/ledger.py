@@ -61,7 +61,7 @@ class Ledger:
             self._look_soon()
 
     def settle(self, data: bytes) -> None:
-        """One client less waits for them: it has taken them, or is gone."""
+        """One client fewer waits for them: it has taken them, or is gone."""
         size = len(data)
         if size < _SMALL:
             self.outbound -= size
@@ -73,7 +73,7 @@ class Ledger:
             self.outbound -= size
 
     def owe_copy(self, size: int) -> None:
-        """So many bytes wait that are one client's alone."""
+        """``size`` bytes wait that are for one client alone."""
         self.outbound += size
         if self.outbound > self.limit:
             self._look_soon()
@@ -90,7 +90,7 @@ class Ledger:
             self._look_soon()
 
     def forget(self, who: object) -> None:
-        """There is nobody left to watch."""
+        """Stop watching: no connection is left."""
         self._holders.pop(who, None)
         self._inbound.pop(who, None)
 

@@ -37,7 +37,7 @@ class Debtor(Protocol):
     bytes_out: int
 
     def write(self, data: bytes, count: int) -> bool:
-        """Hand joined frames (``count`` messages) to the channel; whether all fitted."""
+        """Hand joined frames (``count`` messages) to the channel. True if all fitted."""
         ...
 
     def write_owed(self) -> None:
@@ -59,7 +59,7 @@ class Batch:
     def share(
         self, connection: Debtor, skipped: list[int] | None, made: dict[object, tuple[bytes, list[int]]]
     ) -> bytes:
-        """The bytes one member is owed. ``made`` keeps what others can share, by their encoding."""
+        """The bytes that one member is owed. ``made`` keeps what other members with the same encoding can share."""
         deflate = connection.deflate
         if deflate is None:
             key: object = None
@@ -192,7 +192,7 @@ class Outbox:
                 self._owe(connection, plain, count)
 
     def gathered(self) -> None:
-        """`gather` is over."""
+        """End what `gather` began: write."""
         self._scheduled = False
         self.flush()
 
@@ -208,6 +208,7 @@ class Outbox:
                 connection.write_owed()
 
     def _write_batch(self, batch: Batch) -> None:
+        """Do as `_deal` does, but write to clients that are owed nothing. A copy: a broadcast spends its time here."""
         made: dict[object, tuple[bytes, list[int]]] = {}
         count = len(batch.messages)
         excluded = batch.excluded

@@ -18,14 +18,14 @@ _AT_ONCE = 512
 
 
 class Gatherer(Protocol):
-    """Who gathers what is sent while sockets are read, and sends it afterwards: the outbox."""
+    """Gathers what is sent while sockets are read, and sends it afterwards; the outbox does."""
 
     def gather(self) -> None:
-        """Sockets are going to be read."""
+        """Begin to gather: sockets are about to be read."""
         ...
 
     def gathered(self) -> None:
-        """They have been."""
+        """Send what was gathered: the sockets have been read."""
         ...
 
 

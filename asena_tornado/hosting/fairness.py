@@ -1,4 +1,4 @@
-"""A fair half for the cell: a server that never lets go of the interpreter lock by itself must not keep it."""
+"""A fair half for the cell: a server that never lets go of the interpreter lock must not keep it all the time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class FairShare:
     """Pauses the calling thread when it has had more than half of the time and the main thread wants more than it got.
 
     The interpreter hands the lock over after a switch interval. That is fair between two threads that compute, and
-    unfair to one that lets go of the lock every few microseconds, as for each ``write``: it gets these few for each
-    interval of the other. Whether the main thread is kept waiting or merely sleeps much cannot be seen from outside,
-    but it shows in whether it uses a pause. If it does not, the next one comes later, and later again.
+    unfair to one that lets go of the lock every few microseconds, as it does for each ``write``: it gets those few
+    microseconds per interval of the other thread. Whether the main thread is kept waiting or merely sleeps cannot be
+    seen from outside, but it shows when there is a pause: one that it does not use makes the next come later.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class FairShare:
 
     @staticmethod
     def _offer(owed: float, clock: int) -> bool:
-        """Pause for so many seconds, as long as that is used; whether it is."""
+        """Pause for so many seconds, as long as the main thread uses that; return whether it does."""
         until = time.perf_counter() + owed
         while (now := time.perf_counter()) < until:
             before = time.clock_gettime(clock)

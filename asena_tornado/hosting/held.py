@@ -1,14 +1,14 @@
 """System calls that hold the interpreter lock (GIL): what keeps a server alive beside a cell that computes.
 
-Python lets go of the lock around every system call, in case it blocks. Beside a thread that computes that is the worst
-it can do: the call takes a microsecond, and then the thread waits for the lock again, for a switch interval (5 ms) or,
+Python lets go of the lock around every system call, in case it blocks. Beside a thread that computes, nothing could be
+worse: the call takes a microsecond, and then the thread waits for the lock again, for a switch interval (5 ms) or,
 where the other makes short system calls too, for as long as it keeps losing the race. A call on a non-blocking socket
 cannot block, and neither can a look for events with a time limit of 0. Those are made here through `ctypes.PyDLL`,
 which keeps the lock. Only the wait for events lets go of it.
 
-Everything behaves as Python's own calls do, errno for errno, except that less may be sent or received at once. It *is*
-Python's own where there is no C library to be called, on Windows, and for sockets that may block. The calls into
-OpenSSL and zlib let go of the lock; Python has no others.
+Everything behaves as Python's own calls do, errno for errno, except that less may be sent or received at once. Python's
+own calls are used where there is no C library to call, on Windows, and for sockets that may block. The calls into
+OpenSSL and zlib let go of the lock, as Python offers no others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RECV_FLAGS = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 def _load() -> Any:
-    """The C library of this process; None where there is none that could be called."""
+    """The C library of this process; None where it cannot be called."""
     if os.name != "posix" or ctypes is None:
         return None
     try:
@@ -62,7 +62,7 @@ libc: Any = _load()
 
 @functools.lru_cache(maxsize=16)
 def _array(size: int) -> Any:
-    """The type of so many bytes. ctypes forgets the type along with its last instance, and making one costs a class."""
+    """The type of an array of ``size`` bytes, kept: ctypes would make a class anew once its last instance is gone."""
     return ctypes.c_char * size
 
 
@@ -101,7 +101,7 @@ class HeldSocket(socket.socket):
         size: int = libc.send(self, data, min(len(data), _MAX_LENGTH), _SEND_FLAGS)
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
-                return super().send(data)  # which knows what signal handlers are owed
+                return super().send(data)  # which runs signal handlers, and tries again
             del data  # which the traceback would keep
             raise _last_error()
         return size
@@ -206,7 +206,7 @@ _ADDRESSES = {socket.AF_INET: _inet, socket.AF_INET6: _inet6}
 
 
 def hold(sock: socket.socket) -> socket.socket:
-    """Have the calls of this socket hold the lock from now on. Returns the same object, which others may have, too.
+    """Make this socket's calls hold the lock from now on. Returns the same object, which others may refer to.
 
     A TLS socket, or any other that is not a plain stream, stays as it is.
     """
@@ -219,7 +219,7 @@ class HeldEpoll:
     """``select.epoll`` that holds the lock except where it waits: it looks first, and waits if there is nothing."""
 
     def __init__(self, event: struct.Struct, *, share: bool = True) -> None:
-        """``event``: as `_event_layout` found it. ``share``: whether each look may pause, for a cell's sake."""
+        """``event``: what `_event_layout` found. ``share``: whether each look may pause in favour of a cell."""
         self._epoll = select.epoll()
         self._fd = self._epoll.fileno()
         self._share = FairShare() if share else None
@@ -267,9 +267,9 @@ class HeldEpoll:
 
 @functools.cache
 def _event_layout() -> struct.Struct | None:
-    """How this system lays out struct epoll_event (packed on some processors), found by trying; None: in no known way.
+    """How this system lays out ``struct epoll_event``, which is packed on some processors; None if that is not known.
 
-    Of its data, Python sets the descriptor.
+    Found by trying: Python sets the descriptor in the event's data.
     """
     if libc is None or not hasattr(libc, "epoll_wait"):
         return None
@@ -340,7 +340,7 @@ def _selector() -> selectors.BaseSelector:
     elif sys.platform == "darwin" and hasattr(libc, "kevent") and isinstance(selector, selectors.KqueueSelector):
         held = HeldKqueue()
     if held is not None:
-        # Not public, but the same in all versions; a version that had another attribute would not look at this one.
+        # Not public, but the same in all versions. If it were renamed, setting this one would do no harm.
         unused, selector._selector = getattr(selector, "_selector", None), held  # noqa: SLF001
         if unused is not None:
             unused.close()
@@ -360,8 +360,8 @@ def new_poll(*, held: bool) -> Any:
 class HeldLoop(asyncio.SelectorEventLoop):
     """asyncio's loop for a thread beside one that computes: it takes the lock once per turn.
 
-    What it overrides is asyncio's own business. Where a Python has no such method it is not called, and that system
-    call lets go of the lock as ever.
+    It overrides private methods of asyncio. On a Python that lacks one of them the override is never called, and that
+    system call lets go of the lock as usual.
     """
 
     def __init__(self) -> None:
@@ -380,8 +380,11 @@ class HeldLoop(asyncio.SelectorEventLoop):
 
 
 def wait_precisely() -> None:
-    """Have this thread's waits end when they are due: by default Linux may add 50 µs, which is long beside the interval
-    for which a thread waits for the lock (prctl(2), PR_SET_TIMERSLACK)."""
+    """Have this thread's waits end when they are due.
+
+    By default Linux may add 50 µs, which is long beside the interval for which a thread waits for the lock (prctl(2),
+    PR_SET_TIMERSLACK).
+    """
     if sys.platform == "linux" and libc is not None and hasattr(libc, "prctl"):
         libc.prctl(29, 1000, 0, 0, 0)  # nanoseconds
 

@@ -1,4 +1,4 @@
-"""All that is known of ipykernel: whether a cell runs or is the caller, how it hears an interrupt, what loses cells."""
+"""All that the package knows about ipykernel: whether a cell is running, how interrupts arrive, what loses cells."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_cell() -> bool:
 
 
 class Cells:
-    """Whether the kernel runs a cell; once somebody has asked to `watch` them."""
+    """Knows whether the kernel is running a cell, once `watch` has been called."""
 
     def __init__(self) -> None:
         self._running = threading.Event()
@@ -37,11 +37,11 @@ class Cells:
 
     @property
     def idle(self) -> bool:
-        """Whether none runs, as far as is known."""
+        """Whether no cell is running, as far as is known."""
         return not self._running.is_set()
 
     def watch(self) -> bool:
-        """From now on, know. Called by a cell; False where there is no kernel, which means no front end either."""
+        """Watch from now on; to be called from a cell. False where there is no kernel, and so no front end either."""
         ipython = sys.modules.get("IPython")
         shell: Any = ipython.get_ipython() if ipython is not None else None
         if getattr(shell, "kernel", None) is None:
@@ -54,7 +54,7 @@ class Cells:
         return True
 
     def began(self, *_: object) -> None:
-        """A cell runs."""
+        """A cell has begun to run."""
         self._running.set()
 
     def ended(self, *_: object) -> None:
@@ -66,7 +66,7 @@ cells = Cells()
 
 
 class CellHandler(logging.Handler):
-    """What goes wrong, in one line each with the latest cell. Of a flood it shows the beginning and counts the rest."""
+    """Shows warnings and errors with the latest cell, a line each; of a flood, the first ones and how many followed."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -90,21 +90,23 @@ class CellHandler(logging.Handler):
 
 
 def show_in_cells(logger: logging.Logger) -> None:
-    """In a kernel, have warnings and errors shown in the notebook, unless somebody has seen to that already."""
+    """In a kernel, show warnings and errors in the notebook; called twice, it does so once."""
     if in_cell() and not any(isinstance(handler, CellHandler) for handler in logger.handlers):
         logger.addHandler(CellHandler())
 
 
 def pass_interrupt_on() -> None:
-    """An interrupt that struck a handler was meant for the cell that runs: the kernel hears it once more."""
+    """Raise an interrupt again that struck a handler: it was meant for the cell that is running."""
     if in_cell():
         asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def waking() -> Iterator[None]:
-    """Around a wait that a cell may await: ipykernel hears an interrupt only when its loop wakes, so it wakes now
-    and then (https://github.com/ipython/ipykernel/issues/881)."""
+    """Wake the loop now and then during a wait that a cell may await.
+
+    ipykernel notices an interrupt only when its loop wakes (https://github.com/ipython/ipykernel/issues/881).
+    """
     if not in_cell():
         yield
         return
@@ -124,10 +126,10 @@ def waking() -> Iterator[None]:
 
 
 def why_not_nested(loop: asyncio.AbstractEventLoop) -> str | None:
-    """What is against waiting on the loop that runs, or None.
+    """Why a call cannot wait on the running loop, or None if it can.
 
-    ipykernel 7 runs all cells in one context. A nested loop that does not put off what is to run in that context
-    drops it, and the kernel never runs another cell: so do nest_asyncio, and nest_asyncio2 before 1.7.3.
+    ipykernel 7 runs all cells in one context. While a call waits inside a cell, callbacks of that context have to be
+    put off; nest_asyncio, and nest_asyncio2 before 1.7.3, drop them instead, and the kernel never runs another cell.
     """
     apply = "install nest-asyncio2 and call nest_asyncio2.apply()"
     patch = getattr(loop.run_until_complete, "__module__", None)

@@ -47,9 +47,7 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
 
     Raises `PortInUseError` when somebody else listens there, `ConfigurationError` when it is not this machine's.
     """
-    nowhere = (
-        f'cannot listen on {address!r}, which is not an address of this machine: "localhost" is, None is all of them'
-    )
+    nowhere = f"cannot listen on {address!r}, which is not an address of this machine: use 'localhost', or None for all"
     try:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -173,7 +171,7 @@ class Acceptor:
 
 
 def _shortage(error: OSError) -> str:
-    """What there is too little of."""
+    """Say which resource the system ran out of."""
     if error.errno == errno.EMFILE:
         return f"this process has as many files and connections open as it is allowed{_limit()}"
     if error.errno == errno.ENFILE:

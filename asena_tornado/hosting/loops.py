@@ -1,4 +1,4 @@
-"""Where a loop lives: a thread of its own, nested in another; and the one door between threads."""
+"""Where a loop lives, on a thread of its own or nested in another; and the one way in from other threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LoopKind = Literal["auto", "asyncio", "uvloop"]
 
 
 class LoopDoor:
-    """The way to one running loop from whichever thread. State changes only behind it."""
+    """The way to one running loop from any thread. A server's state changes only on that loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Called on the loop's own thread."""
@@ -54,7 +54,7 @@ class LoopDoor:
     def run(self, function: Callable[..., object], *args: Any, size: int = 0) -> None:
         """Call on the loop: now if inside, else soon, in the order of this thread's calls.
 
-        ``size``: bytes that are kept for it. While `MAX_POSTED` wait, the call waits, too, and raises
+        ``size``: bytes that the arguments keep in memory. While `MAX_POSTED` bytes wait, the call waits, too. It raises
         `BackpressureError` where waiting would hold up another loop, or when it takes longer than `PATIENCE`.
         """
         if self.inside():
@@ -102,7 +102,7 @@ class LoopDoor:
                         raise
                     log.exception("a call from another thread failed")
                 if done > MAX_POSTED // 8:
-                    # Who waits need not wait for all of it.
+                    # Threads that wait for room need not wait until all of it is done.
                     self._make_room(done)
                     done = 0
         finally:
@@ -149,7 +149,7 @@ class LoopDoor:
             raise ServerStateError("the server stopped before this was done") from None
 
     async def _in_turn(self, work: Callable[[], R | Awaitable[R]]) -> R:
-        # What this thread posted before comes before, also where the thread that is to wake the loop has not yet.
+        # What the calling thread posted earlier comes first, even if the loop was not woken for it yet.
         self._run_posted()
         return await _complete(work)
 
@@ -159,7 +159,7 @@ class LoopDoor:
         return "uvloop" if type(self.loop).__module__.startswith("uvloop") else "asyncio"
 
     def shut(self) -> None:
-        """Nothing passes any more."""
+        """Let no more calls pass."""
         self._shut = True
         with self._room:
             self._room.notify_all()
@@ -172,7 +172,7 @@ class LoopDoor:
 
     @property
     def is_shut(self) -> bool:
-        """Whether nothing passes any more."""
+        """Whether `shut` was called."""
         return self._shut
 
 
@@ -219,7 +219,7 @@ def _wait(work: Callable[[], Coroutine[Any, Any, R]], loop: asyncio.AbstractEven
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise an interrupt as what it is.
+    """Raise an interrupt as ``KeyboardInterrupt`` and nothing else.
 
     One that strikes while `threading.Condition` takes its lock back comes out as a RuntimeError about that lock.
     """
@@ -232,7 +232,7 @@ def interruptible() -> Iterator[None]:
 
 
 class _Raised:
-    """What would end the loop if a task raised it there; it is raised where the result is waited for."""
+    """An exception that would end the loop if a task raised it; it is raised where the result is waited for."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -276,8 +276,8 @@ class LoopThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> LoopThread:
-        """Start the thread; returns once its loop runs. Raises `ConfigurationError` for a loop that is not there."""
-        # By yet another thread, as an interrupt in `Thread.start` may leave one that hangs before it has begun.
+        """Start the thread and return once its loop runs. Raises `ConfigurationError` if uvloop is not installed."""
+        # Another thread starts it, as an interrupt in `Thread.start` may leave a thread that hangs before it has begun.
         _thread.start_new_thread(self._thread.start, ())
         self._ready.acquire()
         if self._failure is not None:
@@ -357,7 +357,7 @@ async def _cancel_others() -> None:
     for task in tasks:
         task.cancel()
     if tasks:
-        # Who does not let itself be cancelled is left behind: nothing must keep the loop from ending.
+        # Tasks that go on although they were cancelled are left behind: nothing must keep the loop from ending.
         done, _ = await asyncio.wait(tasks, timeout=1)
         await asyncio.gather(*done, return_exceptions=True)  # which takes note of what they raised
 
@@ -367,7 +367,7 @@ def new_event_loop(kind: LoopKind = "auto", *, beside: bool = False) -> asyncio.
 
     ``"auto"`` is uvloop's where that is installed (the extra ``speed``), else asyncio's; ``beside`` a thread that
     computes it is asyncio's, as uvloop takes the interpreter lock anew for each of its callbacks. Raises
-    `ConfigurationError` for a uvloop that is not there.
+    `ConfigurationError` if uvloop is not installed.
     """
     if kind == "uvloop" or (kind == "auto" and not beside and sys.platform != "win32"):
         try:

@@ -21,7 +21,7 @@ _LOCAL_HOSTS = frozenset(("localhost", "127.0.0.1", "::1", "[::1]", ""))
 class Reach:
     """``base``: an ``http(s)://`` address without a trailing slash. ``note``: what a person has to know about it.
 
-    ``anywhere``: browsers come through a hub, under a name that cannot be known here.
+    ``anywhere``: whether browsers come through a hub, under a name that cannot be known here.
     """
 
     base: str

@@ -10,7 +10,7 @@ from typing import Any
 
 
 async def until_signaled(serve: Callable[[], Awaitable[None]]) -> None:
-    """Serve, until that ends or SIGINT or SIGTERM cancels it. On other threads than the main one no signal comes."""
+    """Serve until that ends, or until SIGINT or SIGTERM cancels it. Signals reach the main thread only."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None

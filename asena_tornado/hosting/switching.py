@@ -11,8 +11,8 @@ import weakref
 class SwitchInterval:
     """Keeps ``sys.setswitchinterval`` at the shortest that anybody wants, and puts it back in the end.
 
-    What the user sets counts: a shorter interval is left as it is, and so is one that is set meanwhile, until nobody
-    wants anything any more.
+    What the user sets counts: a shorter interval is left as it is, and so is one that is set in the meantime, until all
+    requests are over.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class SwitchInterval:
         self._ours: float | None = None  # what we have set, as the interpreter tells it: it counts in microseconds
 
     def request(self, owner: object, seconds: float | None) -> None:
-        """From now on at most ``seconds`` for this owner, as long as it lives; None: whatever it is otherwise."""
+        """Keep the interval at ``seconds`` at most while ``owner`` lives; None requests nothing."""
         with self._lock:
             if seconds is None:
                 self._wanted.pop(weakref.ref(owner), None)
@@ -32,7 +32,7 @@ class SwitchInterval:
             self._adjust()
 
     def release(self, owner: object) -> None:
-        """The owner wants nothing any more."""
+        """End the owner's request."""
         self.request(owner, None)
 
     def _gone(self, owner: weakref.ref[object]) -> None:

@@ -1,4 +1,4 @@
-"""One at a time: who starts or stops a server waits for who does so already, with the same server or port."""
+"""Starting and stopping servers takes turns: one call at a time for a server, and for a port."""
 
 from __future__ import annotations
 
@@ -12,41 +12,39 @@ from typing import Any
 
 from ..errors import ServerStateError
 
-# Who starts or stops on a port takes turns; by port, as two objects may want the same one.
+# By port, as two server objects may want the same one.
 _turns: dict[int, threading.RLock] = {}
 
 
 @contextlib.contextmanager
 def turn(port: int | None, *, timeout: float = -1) -> Iterator[None]:
-    """One at a time per port, for as long as ``timeout`` seconds."""
+    """Wait for the calling thread's turn at the port, for at most ``timeout`` seconds (-1: as long as it takes)."""
     if not port:  # any free one: nobody else's
         yield
         return
-    lock = _turns.setdefault(port, threading.RLock())
-    if not lock.acquire(timeout=timeout):
-        raise ServerStateError(f"another server is still starting or stopping on port {port}")
-    try:
+    busy = f"another server is still starting or stopping on port {port}"
+    with lock_within(_turns.setdefault(port, threading.RLock()), timeout, busy=busy):
         yield
-    finally:
-        lock.release()
 
 
-# The same for those that start on one loop, which cannot wait for each other by blocking it.
+# For tasks of one loop, which cannot wait for each other by blocking it.
 _queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Lock]] = weakref.WeakKeyDictionary()
 
 
 def queue(port: int) -> contextlib.AbstractAsyncContextManager[Any]:
-    """One at a time per port, of those that start on the loop that runs."""
+    """Take turns at the port among the tasks of the running loop; for ``async with``."""
     if not port:
         return contextlib.nullcontext()
     return _queues.setdefault(asyncio.get_running_loop(), {}).setdefault(port, asyncio.Lock())
 
 
 @contextlib.contextmanager
-def lock_within(lock: threading.RLock, timeout: float) -> Iterator[None]:
-    """Hold the lock of a server; ``timeout``: seconds to wait for it, -1 for as long as it takes."""
+def lock_within(
+    lock: threading.RLock, timeout: float, *, busy: str = "another thread is still starting or stopping this server"
+) -> Iterator[None]:
+    """Hold the lock of a server. After ``timeout`` seconds (-1: never) raise `ServerStateError`: ``busy``."""
     if not lock.acquire(timeout=timeout):
-        raise ServerStateError("another thread is still starting or stopping this server")
+        raise ServerStateError(busy)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Waiting for what may not come to its end, and saying what holds it up."""
+"""Waiting for work that may never finish, and saying what holds it up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 log = logging.getLogger("asena_tornado")
 
-AFTER_CANCEL = 1.0  # seconds that who is cancelled may still take
+AFTER_CANCEL = 1.0  # seconds that a task may go on after it was cancelled
 
 
 async def wait_for(task: asyncio.Task[Any], deadline: float, what: str) -> None:
@@ -39,7 +39,7 @@ def _waits_at(task: asyncio.Task[Any]) -> str:
 
 
 def held_up_at(thread: int | None) -> str:
-    """What a thread executes, innermost first."""
+    """What a thread is executing, innermost call first."""
     frame = sys._current_frames().get(thread or 0)
     places = [f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_stack(frame)[-3:]] if frame else []
     return ", from ".join(reversed(places)) or "nothing: its thread has ended"

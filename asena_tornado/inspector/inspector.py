@@ -252,15 +252,7 @@ class Inspector:
         return self._subject.ask(join)
 
     def leave(self, id: str | SocketSnapshot, room: str) -> Receipt:
-        """Take a socket out of a room.
-
-        Args:
-            id: The socket: its id, the beginning of it, or a snapshot.
-            room: The room's name.
-
-        Raises:
-            SocketNotFoundError: No socket is meant by this, or several are.
-        """
+        """Take a socket out of a room; otherwise like `join`."""
         check_room(room)
 
         def leave() -> Receipt:
@@ -334,7 +326,7 @@ class Inspector:
         try:
             parts = self._subject.ask(self._tables, timeout=_GLANCE)
         except TimeoutError as error:
-            # Reading is possible from here too; only not at one moment.
+            # The state can be read from here too, though not all of it at one moment.
             parts = [f"<p>{markup.text(str(error))}</p>", *self._tables()]
         return markup.box(summary, *parts)
 
@@ -356,7 +348,7 @@ class Inspector:
 
 
 def _at_once(namespace: Namespace, send: Callable[[], R]) -> tuple[R, int]:
-    """Send now instead of at the turn's end; what came of it, and how many sockets were too slow to take it."""
+    """Send now instead of at the turn's end; return the result, and how many sockets were too slow to take it."""
     outbox = namespace.outbox
     assert outbox is not None
     outbox.flush()

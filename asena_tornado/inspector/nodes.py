@@ -20,7 +20,7 @@ from .subject import Subject
 R = TypeVar("R")
 
 _LIMIT = 1000  # sockets of one node that are listed
-_ID_LENGTH = 36  # a whole id; shorter is the beginning of one
+_ID_LENGTH = 36  # characters of a whole id
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -72,7 +72,7 @@ class ClusterInspector:
 
     @property
     def nodes(self) -> Nodes:
-        """The nodes that are there, with how many sockets they had at their last sign of life."""
+        """The nodes that are there, with how many sockets they had at their last heartbeat."""
         return Nodes(self._cluster.nodes)
 
     async def sockets(self) -> Sockets:

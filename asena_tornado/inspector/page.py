@@ -16,7 +16,7 @@ _FILES = {"view.js": "text/javascript", "page.js": "text/javascript", "view.css"
 
 
 class _Handler(DiscreetHandler):
-    """Nothing may be embedded elsewhere, run inline, or be sent anywhere but back here."""
+    """Answers with headers that forbid framing elsewhere, inline scripts, and requests to any other server."""
 
     def set_default_headers(self) -> None:
         self.set_header(
@@ -57,7 +57,7 @@ class _PageHandler(_Handler):
     """The page itself, which holds no data; without the token it asks for it, with status 403."""
 
     def get(self) -> None:
-        """The address is relative everywhere, so that any prefix in front of it works."""
+        """Answer with the page. Every address in it is relative, so that a prefix in front of the path works."""
         if not self._permitted(self.get_query_argument("token", "")):
             self.set_status(403)
         page = (STATIC / "page.html").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ class _AskHandler(_Handler):
             return
         if len(self.request.body) > _MAX_REQUEST:
             self.set_status(413)
-            self.finish({"error": "the message is too long to be sent from here"})
+            self.finish({"error": "the message is too long to send from here"})
             return
         try:
             request = json.loads(self.request.body)

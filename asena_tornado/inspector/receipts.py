@@ -1,4 +1,4 @@
-"""`Receipt`: what came of an action, in words."""
+"""`Receipt`: the result of an action, in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Receipt:
-    """What came of an action: how many ``sockets`` took it, how many were too slow (``dropped``), and a sentence."""
+    """The result of an action: how many ``sockets`` took it, how many were too slow (``dropped``), and a sentence."""
 
     sockets: int
     sentence: str

@@ -428,35 +428,23 @@ function render({ model, el }) {
     const others = h(
       "div",
       { class: "forms" },
-      h(
-        "form",
-        {
-          class: "line",
-          onsubmit: (event) => {
-            event.preventDefault();
-            act({ do: "join", socket: socket.id, room: room.value });
-            room.value = "";
-          },
-        },
-        h("label", { for: id("join") }, "Put into room"),
-        room,
-        h("button", {}, "Join"),
-      ),
-      h(
-        "form",
-        {
-          class: "line",
-          onsubmit: (event) => {
-            event.preventDefault();
-            act({ do: "disconnect", socket: socket.id, reason: reason.value });
-          },
-        },
-        h("label", { for: id("reason") }, "Disconnect, with a reason if you like"),
-        reason,
-        h("button", { class: "danger" }, "Disconnect"),
-      ),
+      lineForm("Put into room", room, h("button", {}, "Join"), () => {
+        act({ do: "join", socket: socket.id, room: room.value });
+        room.value = "";
+      }),
+      lineForm("Disconnect, with a reason if you like", reason, h("button", { class: "danger" }, "Disconnect"), () => {
+        act({ do: "disconnect", socket: socket.id, reason: reason.value });
+      }),
     );
     detail.append(send, others);
+  }
+
+  function lineForm(label, input, button, submit) {
+    const onsubmit = (event) => {
+      event.preventDefault();
+      submit();
+    };
+    return h("form", { class: "line", onsubmit }, h("label", { for: input.id }, label), input, button);
   }
 
   function messageForm(name, label, submit) {

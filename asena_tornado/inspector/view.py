@@ -28,7 +28,7 @@ _EVENTS = 100
 _CHIPS = 20  # rooms of one socket
 _NAME = 300  # characters of a room that clients gave an endless name
 _CHUNK = 200  # sockets that are searched before others get their turn
-_SHARE = 0.05  # of the loop's time that one view may cost: after a costly answer it is to ask later
+_SHARE = 0.05  # of the loop's time that one view may take: after a slow answer it is told to ask later
 _WATCH = 5.0  # seconds that messages are recorded after a view asked
 
 
@@ -37,7 +37,7 @@ class _Ask(BaseModel):
 
 
 class Look(_Ask):
-    """What is there: of all, a namespace or a room; ``socket`` asks for the details of one."""
+    """A request for what there is: in all namespaces, in one, or in a room. ``socket`` asks for the details of one."""
 
     do: Literal["look"]
     namespace: str | None = None
@@ -117,7 +117,7 @@ class View:
         return subject if self._namespace is None else subject.narrowed(self._namespace)
 
     def glance(self) -> dict[str, Any]:
-        """What is there now, from any thread."""
+        """What there is now, from any thread."""
         subject, ask = self._subject(), Look(do="look")
         return subject.ask(lambda: self._look(subject, ask, _everybody(subject, ask)))
 

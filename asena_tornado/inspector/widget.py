@@ -74,7 +74,7 @@ class Link:
 
     @property
     def views(self) -> int:
-        """How many displays are open, as far as is known."""
+        """How many displays are open, as far as the server knows."""
         return len(self._sessions)
 
     def hear(self, _widget: Any, request: dict[str, Any], _buffers: Any) -> None:
@@ -122,7 +122,7 @@ class Link:
             self._sessions.clear()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While a cell runs, views cannot ask; those that were alive before it are updated all the same."""
+        """Update the views that were alive before the running cell, as they cannot ask while it runs."""
         self._timer = None
         now = loop.time()
         for name, session in list(self._sessions.items()):

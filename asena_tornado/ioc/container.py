@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, get_origin, overload
 
 from ..errors import InjectionError, ServerStateError, must_propagate
-from .graph import UNBUILT, Graph, Node, Wish, mark_of
+from .graph import UNBUILT, Graph, InjectionPoint, Node, mark_of
 from .inject import Component, Injected, Reference, fill_in, shown
 
 logger = logging.getLogger("asena_tornado")
@@ -141,7 +141,7 @@ class Container:
                 if injected.select is not None:
                     value = injected.select(value)
             except Exception as error:
-                error.add_note(f"while injecting {Wish(node, name).path()} = {injected!r}")
+                error.add_note(f"while injecting {InjectionPoint(node, name).path()} = {injected!r}")
                 raise
             fill_in(values, name, value)
 
@@ -193,7 +193,7 @@ class Container:
                     if running is None or not running.runs(node.instance):
                         await _run(node, "on_start")
                 except BaseException as error:
-                    error.add_note(f"raised by {node.label}.on_start(); what had started has been stopped")
+                    error.add_note(f"raised by {node.label}.on_start(); the components that had started were stopped")
                     await self._stop_started()
                     raise
                 self._started.append(node)
@@ -242,7 +242,7 @@ def _construct(node: Node) -> Any:
     try:
         return node.source()
     except Exception as error:
-        needed = f", which {node.wish.path()} needs" if node.wish else ""
+        needed = f", which {node.needed_at.path()} needs" if node.needed_at else ""
         error.add_note(f"while constructing {node.label}{needed}")
         raise
 

@@ -22,7 +22,7 @@ class Node:
 
     component: Component
     source: Any  # the class to construct, or the instance
-    wish: Wish | None  # why it is here, when it was not listed
+    needed_at: InjectionPoint | None  # why it is here, when it was not listed
     listed_as: type[Any]  # the class before an override
     provided: bool = False
     fields: dict[str, Injected] = field(default_factory=dict)
@@ -41,33 +41,33 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """Where a node is asked for."""
+class InjectionPoint:
+    """Where a component is needed: a field of another one, or that other one's decorator."""
 
     node: Node
-    field: str | None  # None for what the component requires without a field
+    field: str | None  # None where the decorator lists it
 
     def __str__(self) -> str:
         return self.node.label if self.field is None else f"{self.node.label}.{self.field}"
 
     def path(self) -> str:
         """The fields that lead here from a listed component."""
-        steps, wish = [str(self)], self.node.wish
-        while wish is not None:
-            steps.append(str(wish))
-            wish = wish.node.wish
+        steps, point = [str(self)], self.node.needed_at
+        while point is not None:
+            steps.append(str(point))
+            point = point.node.needed_at
         return " -> ".join(reversed(steps))
 
 
-def _error(what: str, wish: Wish | None) -> InjectionError:
-    if wish is None:
+def _error(what: str, point: InjectionPoint | None) -> InjectionError:
+    if point is None:
         return InjectionError(what)
-    path = wish.path()
-    reached = f" (reached by {path})" if path != str(wish) else ""
-    return InjectionError(f"{wish}: {what}{reached}", component=wish.node.label, field=wish.field)
+    path = point.path()
+    reached = f" (reached by {path})" if path != str(point) else ""
+    return InjectionError(f"{point}: {what}{reached}", component=point.node.label, field=point.field)
 
 
-def _no_component(cls: type[Any], wish: Wish | None = None) -> InjectionError:
+def _no_component(cls: type[Any], point: InjectionPoint | None = None) -> InjectionError:
     marked = next((mark for base in cls.__mro__[1:] if (mark := component_of(base))), None)
     # Base classes that go with one decorator say so themselves; this module knows none of them.
     decorator = getattr(cls, "__asena_decorator__", None)
@@ -81,11 +81,11 @@ def _no_component(cls: type[Any], wish: Wish | None = None) -> InjectionError:
     else:
         what = (
             f"{cls.__name__} is not a component: put @Service above the class "
-            '(or @WebSocket("/path"), @Controller("/path"), @Middleware(), as it may be)'
+            '(or @WebSocket("/path"), @Controller("/path"), @Middleware(), whichever it is)'
         )
-        if wish is not None:
+        if point is not None:
             what += f", or list a component that derives from {cls.__name__}"
-    return _error(what, wish)
+    return _error(what, point)
 
 
 def _full_name(cls: type[Any]) -> str:
@@ -107,7 +107,7 @@ class Graph:
         self._by_instance: dict[int, Node] = {}
         self._by_override: dict[Any, Node] = {}
         self._overrides = overrides
-        self._later: deque[tuple[Wish, str]] = deque()
+        self._later: deque[tuple[InjectionPoint, str]] = deque()
 
         for key, value in provided.items():
             cls = key if isinstance(key, type) else type(value)
@@ -126,8 +126,8 @@ class Graph:
                 self._bind(self.nodes[bound])
                 bound += 1
             else:  # names come last: they find only what is listed or was reached by class
-                wish, name = self._later.popleft()
-                self._need(wish, self._named(name, wish))
+                point, name = self._later.popleft()
+                self._need(point, self._named(name, point))
         for key in overrides:
             if key not in self._by_override:
                 raise InjectionError(
@@ -140,13 +140,13 @@ class Graph:
         self,
         mark: Component,
         source: Any,
-        wish: Wish | None = None,
+        point: InjectionPoint | None = None,
         *,
         provided: bool = False,
         by_name: bool = True,
         by_class: bool = True,
     ) -> Node:
-        node = Node(mark, source, wish, mark.cls, provided)
+        node = Node(mark, source, point, mark.cls, provided)
         if by_name:
             other = self._by_name.setdefault(mark.name, node)
             if other is not node:
@@ -178,14 +178,14 @@ class Graph:
         self._by_class.setdefault(cls, node)
         self._by_override[key] = node
 
-    def _stand_in(self, key: Any, wish: Wish) -> Node:
+    def _stand_in(self, key: Any, point: InjectionPoint) -> Node:
         """The node of an override of something that is only injected, and is not a component."""
         node = self._by_override.get(key)
         if node is None:
             named = isinstance(key, (str, type))
             cls = key if isinstance(key, type) else object
             mark = Component("Service", key if isinstance(key, str) else shown(key), cls)
-            node = self._enter(mark, None, wish, by_name=named, by_class=isinstance(key, type))
+            node = self._enter(mark, None, point, by_name=named, by_class=isinstance(key, type))
             if not named:
                 self._replace(node, key)
         return node
@@ -195,34 +195,34 @@ class Graph:
             return
         cls = node.component.cls
         if node.constructed:
-            _check_constructor(cls, node.wish)
+            _check_constructor(cls, node.needed_at)
         for name, injected in injected_fields(cls).items():
             if not node.constructed and set_by_hand(node.source, name):
                 continue
             node.fields[name] = injected
-            wish, target = Wish(node, name), injected.target
+            point, target = InjectionPoint(node, name), injected.target
             if isinstance(target, type):
-                self._need(wish, self._of_class(target, wish))
+                self._need(point, self._of_class(target, point))
             elif isinstance(target, str):
-                self._later.append((wish, target))
+                self._later.append((point, target))
             elif isinstance(target, Hashable) and target in self._overrides:
-                self._need(wish, self._stand_in(target, wish))
+                self._need(point, self._stand_in(target, point))
         for required in node.component.requires:
-            wish = Wish(node, None)
+            point = InjectionPoint(node, None)
             if isinstance(required, type):
-                self._of_class(required, wish)
+                self._of_class(required, point)
             elif id(required) not in self._by_instance:
                 # It has no name of its own: two namespaces may each require their own RateLimit(…).
                 mark = component_of(type(required))
                 if mark is None:
-                    raise _no_component(type(required), wish)
-                self._enter(mark, required, wish, by_name=False, by_class=False)
+                    raise _no_component(type(required), point)
+                self._enter(mark, required, point, by_name=False, by_class=False)
 
-    def _need(self, wish: Wish, node: Node) -> None:
-        assert wish.field is not None
-        wish.node.needs[wish.field] = node
+    def _need(self, point: InjectionPoint, node: Node) -> None:
+        assert point.field is not None
+        point.node.needs[point.field] = node
 
-    def _existing(self, cls: type[Any], wish: Wish | None) -> Node | None:
+    def _existing(self, cls: type[Any], point: InjectionPoint | None) -> Node | None:
         node = self._by_class.get(cls)
         if node is not None:
             return node
@@ -237,26 +237,26 @@ class Graph:
             what = (
                 f"several listed components are of the class {cls.__name__}: {names}; inject one of these instead{also}"
             )
-            raise _error(what, wish)
+            raise _error(what, point)
         return derived[0] if derived else None
 
-    def _of_class(self, cls: type[Any], wish: Wish) -> Node:
-        node = self._existing(cls, wish)
+    def _of_class(self, cls: type[Any], point: InjectionPoint) -> Node:
+        node = self._existing(cls, point)
         if node is not None:
             return node
         mark = component_of(cls)
         if mark is not None:
-            return self._enter(mark, cls, wish)
+            return self._enter(mark, cls, point)
         if cls in self._overrides:
-            return self._stand_in(cls, wish)
-        raise _no_component(cls, wish)
+            return self._stand_in(cls, point)
+        raise _no_component(cls, point)
 
-    def _named(self, name: str, wish: Wish | None) -> Node:
+    def _named(self, name: str, point: InjectionPoint | None) -> Node:
         node = self._by_name.get(name)
         if node is not None:
             return node
-        if name in self._overrides and wish is not None:
-            return self._stand_in(name, wish)
+        if name in self._overrides and point is not None:
+            return self._stand_in(name, point)
         by_class_name = {node.label: node.component.name for node in self._by_name.values()}
         if name in by_class_name:
             hint = f" The class {name} is a component under the name {by_class_name[name]!r}."
@@ -266,7 +266,7 @@ class Graph:
         raise _error(
             f"no component is named {name!r}.{hint}{self._known()} A name finds only what is listed in "
             "AsenaServer(…) or injected by class somewhere: list the component, or inject its class",
-            wish,
+            point,
         )
 
     def _known(self) -> str:
@@ -280,7 +280,7 @@ class Graph:
                 what = "what was provided as"
             else:
                 what = "the class" if node.constructed else "an instance of"
-            by = f" (injected by {node.wish.path()})" if node.wish else ""
+            by = f" (injected by {node.needed_at.path()})" if node.needed_at else ""
             return f"{what} {_full_name(node.listed_as)}{by}"
 
         both = f"two components are named {name!r}: {described(first)} and {described(second)}"
@@ -294,8 +294,8 @@ class Graph:
         else:
             way_out = "give one of them another name in its decorator"
         what = f"{both}; {way_out}"
-        wish = second.wish or first.wish
-        return _error(what, wish) if wish else InjectionError(what, component=second.label)
+        point = second.needed_at or first.needed_at
+        return _error(what, point) if point else InjectionError(what, component=second.label)
 
     def _sorted(self) -> tuple[Node, ...]:
         sorter: TopologicalSorter[Node] = TopologicalSorter()
@@ -363,7 +363,7 @@ def _websocket_path(cls: type[Any]) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _check_constructor(cls: type[Any], wish: Wish | None) -> None:
+def _check_constructor(cls: type[Any], point: InjectionPoint | None) -> None:
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):  # a base class written in C may have none; then the call itself will tell
@@ -389,7 +389,7 @@ def _check_constructor(cls: type[Any], wish: Wish | None) -> None:
         ):
             missing.append(parameter.name)
     if missing:
-        needed = f" (it is injected by {wish.path()})" if wish else ""
+        needed = f" (it is injected by {point.path()})" if point else ""
         raise InjectionError(
             f"the constructor of {cls.__name__} needs {', '.join(map(repr, missing))}, but a component is "
             f"constructed without arguments{needed}: pass an instance, AsenaServer({cls.__name__}(…)), or "
@@ -398,4 +398,4 @@ def _check_constructor(cls: type[Any], wish: Wish | None) -> None:
         )
 
 
-__all__ = ["UNBUILT", "Graph", "Node", "Wish", "mark_of"]
+__all__ = ["UNBUILT", "Graph", "InjectionPoint", "Node", "mark_of"]

@@ -77,7 +77,7 @@ def needs_self(cls: type[Any], name: str) -> None:
 
 
 def listed(middlewares: Sequence[Any], decorator: str) -> tuple[Any, ...]:
-    """What a decorator was given as ``middlewares``. Raises `ConfigurationError` for what cannot be any."""
+    """The ``middlewares`` that a decorator was given. Raises `ConfigurationError` for what cannot be middleware."""
     given: object = middlewares  # whatever the annotation says
     if not isinstance(given, list | tuple):
         raise ConfigurationError(f"{decorator}: middlewares must be a list, middlewares=[…], not {given!r}")
@@ -97,7 +97,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
         if not (name.lower().startswith("on") or inspect.iscoroutinefunction(method)):
             continue
         near = min(hooks, key=lambda hook: _distance(name.lower(), hook))
-        # Who calls it has not meant a hook: those are called by the server.
+        # A method that the class calls itself is not meant as a hook: the server calls those.
         if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
             warnings.warn(
                 f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "
@@ -108,7 +108,7 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
 
 
 def _calls(cls: type[Any], name: str) -> bool:
-    """Whether one of the class's own methods names it."""
+    """Whether one of the class's own methods mentions ``name``, and so may call it."""
     codes = [method.__code__ for method in vars(cls).values() if inspect.isfunction(method)]
     while codes:
         code = codes.pop()
@@ -128,7 +128,7 @@ def _outside() -> int:
 
 
 def _distance(a: str, b: str) -> int:
-    """How many letters have to be added, left out, changed or swapped with the next one to make one of the other."""
+    """How many letters have to be added, left out, changed or swapped with the next to turn one name into the other."""
     if abs(len(a) - len(b)) > 2:
         return 3  # or more
     before: list[int] = []
@@ -201,7 +201,9 @@ class Reference(Protocol[T_co]):
     tests, a reference has to be hashable.
     """
 
-    def resolve(self, container: Provider, /) -> T_co: ...
+    def resolve(self, container: Provider, /) -> T_co:
+        """Return what is injected in place of the reference."""
+        ...
 
 
 @overload
@@ -219,7 +221,11 @@ def Inject(target: Reference[T], select: Callable[[T], R]) -> R: ...
 @overload
 def Inject(target: str, select: Callable[[Any], R]) -> R: ...
 def Inject(target: Any, select: Callable[[Any], Any] | None = None) -> Any:
-    """A field of a component that the server fills in: ``chat: ChatSocket = Inject(ChatSocket)``.
+    """Declare a field of a component that the server fills in.
+
+        @Service
+        class Orders:
+            chat: ChatSocket = Inject(ChatSocket)
 
     The value is there after ``__init__``, and so in ``on_start``. A value may be assigned by hand, in a unit test for
     instance; an instance that is passed to the server keeps it.

@@ -336,8 +336,8 @@ class Ulak:
                 )
             if not taken:
                 raise UlakError(
-                    f"{socket or socket_id} did not take the message: its client reads too slowly, and as much as "
-                    "may wait for it is waiting already (see WebSocketOptions.max_buffered_bytes)",
+                    f"{socket or socket_id} did not take the message: its client reads too slowly, and no more may "
+                    "wait for it (WebSocketOptions.max_buffered_bytes)",
                     code=UlakErrorCode.SEND_FAILED,
                     namespace=namespace.path,
                 )

@@ -1,4 +1,4 @@
-"""Middleware: what users write, and the chain of it before handshakes and controllers."""
+"""Middleware: what users write, and the chain that runs it before handshakes and controllers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _STATES = {
 
 
 class Chain:
-    """Middleware in order, and what is behind it. It fails closed: only what every one let pass gets there."""
+    """Runs middleware in order, and then what it guards. It fails closed: only what all of them let pass gets there."""
 
     def __init__(self, middlewares: Sequence[Any], where: str) -> None:
         """``middlewares``: instances. ``where`` says in the log whose they are."""

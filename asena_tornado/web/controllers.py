@@ -178,7 +178,7 @@ def _takes_context(cls: type[Any], name: str, mark: _Mark) -> None:
         )
 
 
-# What nobody calls the type of a context: a parameter of the path or the query, or a body.
+# Types that no context has: they are meant for a parameter of the path or the query, or for a body.
 _NO_CONTEXT = ("int", "str", "float", "bool", "bytes", "list", "dict", "UUID", "HTTPServerRequest")
 
 
@@ -366,19 +366,22 @@ def _handler(method: Callable[..., Any], label: str) -> Callable[[Context], Any]
 
 @stream_request_body
 class ControllerHandler(JsonHandler):
-    """One request to a controller, or, without any, to a path where nothing is. It reads the body itself."""
+    """One request to a controller, or to a path where there is none. Reads the body itself."""
 
     def initialize(self, max_body_size: int, controllers: Controllers | None = None) -> None:
+        """Take what the route was given; without ``controllers`` every request is answered with 404."""
         self._controllers = controllers
         self._limit = max_body_size
         self._body: list[bytes] = []
         self._received = 0
 
     def allowed(self) -> str:
+        """The methods of the routes that this path has."""
         routes = self._controllers.find(self.request.path)[0] if self._controllers is not None else ()
         return _allow(_by_method(routes))
 
     def prepare(self) -> None:
+        """Refuse a body that is announced as too long, before it is read."""
         # The limits of Tornado's HTTP server end the connection without an answer.
         self.request.connection.set_max_body_size(sys.maxsize)  # type: ignore[union-attr]  # HTTP1Connection has it
         try:
@@ -390,6 +393,7 @@ class ControllerHandler(JsonHandler):
             self._refuse_body()
 
     def data_received(self, chunk: bytes) -> None:
+        """Keep a piece of the body, up to the limit; a little more is read, so that the client sees the refusal."""
         self._received += len(chunk)
         if self._received <= self._limit:
             self._body.append(chunk)
@@ -418,7 +422,7 @@ class ControllerHandler(JsonHandler):
     # Pages from elsewhere are refused by our own rule, as they are for handshakes.
 
     def check_xsrf_cookie(self) -> None:
-        """Not needed with the check of the origin."""
+        """Do nothing: the origin is checked instead."""
 
     def check_trusted_origin(self, origin: str) -> bool:
         """Left to `Controllers.answer`."""

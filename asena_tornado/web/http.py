@@ -248,14 +248,14 @@ class DiscreetHandler(RequestHandler):
     def log_exception(
         self, typ: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Without the request, whose repr has the whole address."""
+        """Log the error without the request, whose repr has the whole address."""
         if isinstance(value, HTTPError):
             super().log_exception(typ, value, tb)
         elif value is not None:
             log.error("%s failed: %s", self._request_summary(), text_of(value), exc_info=bounded(value))
 
     def decode_argument(self, value: bytes, name: str | None = None) -> str:
-        """Tornado would log what cannot be decoded."""
+        """Decode, without the log line in which Tornado would quote what cannot be decoded."""
         try:
             return value.decode()
         except UnicodeDecodeError:
@@ -263,14 +263,14 @@ class DiscreetHandler(RequestHandler):
 
 
 class JsonHandler(DiscreetHandler):
-    """Errors as JSON, without a traceback."""
+    """A handler that writes errors as JSON, without a traceback."""
 
     def allowed(self) -> str:
-        """The methods that are possible, for a 405."""
+        """The methods that the path has, for the header ``Allow`` of a 405."""
         return "OPTIONS"
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """What Tornado answers by itself."""
+        """Write an error that Tornado found by itself."""
         if status_code == 405:
             self.set_header("Allow", self.allowed())
         self.set_header("Content-Type", JSON)

@@ -56,6 +56,7 @@ class RateLimit(MiddlewareService):
         self._free_at: OrderedDict[str, float] = OrderedDict()
 
     async def handle(self, context: Context, next: Next) -> Response | None:
+        """Answer with 429 when the client has used up its limit, else let the request pass."""
         key, now = self._key(context), self._clock()
         free_at = max(self._free_at.get(key, now), now)
         wait = free_at - now - self._burst
@@ -81,7 +82,7 @@ def _client_address(context: Context) -> str:
 
 @Middleware()
 class TokenAuth(MiddlewareService):
-    """Lets only those pass who bring a valid token; others are answered with 401 and ``WWW-Authenticate``.
+    """Lets requests with a valid token pass; others are answered with 401 and ``WWW-Authenticate``.
 
     The token comes from the header ``Authorization: Bearer …``, or else from the query string, as browsers cannot set
     headers of a handshake.
@@ -104,6 +105,7 @@ class TokenAuth(MiddlewareService):
         self._parameter = query_parameter
 
     async def handle(self, context: Context, next: Next) -> Response | None:
+        """Answer with 401 without a valid token, else note what it stands for and let the request pass."""
         token: object = context.bearer_token
         if token is None and self._parameter is not None:
             token = context.query.get(self._parameter) or None
@@ -141,6 +143,7 @@ class RequestLog(MiddlewareService):
         self._level = level
 
     async def handle(self, context: Context, next: Next) -> None:
+        """Let the request pass, and log what came of it."""
         started = time.perf_counter()
         outcome: object = "failed"
         try:

@@ -74,7 +74,7 @@ class Hosts:
         self._allowed = None if allowed is None else tuple(map(_hostname, allowed))
         self._own: frozenset[str] = frozenset()
         self._restricted = allowed is not None
-        self._known: set[str] = set()  # hosts as they came that were accepted: looking closely takes its time
+        self._known: set[str] = set()  # accepted hosts as they were written, as parsing one takes time
 
     def serve(self, own: Iterable[str | None], *, listeners: Iterable[str], anywhere: bool) -> None:
         """Say what is served: under its ``own`` names, on the addresses of its ``listeners``.

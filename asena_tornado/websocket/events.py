@@ -151,7 +151,7 @@ class _Ring:
         self._lock = threading.Lock()  # a tap is filled on one thread and read on another
 
     def append(self, event: Event) -> int:
-        """Keep one more; how many older ones had to go."""
+        """Keep one more; return how many older ones had to go."""
         gone = 0
         with self._lock:
             self.events.append(event)
@@ -178,11 +178,10 @@ def _size(event: Event) -> int:
 
 
 class EventLog:
-    """The latest events of one namespace. Written on the server's loop only; ``limit`` of each sort are kept, and at
-    most 4 MiB.
+    """The latest events of one namespace, written on the server's loop only.
 
-    What is rare (coming and going, rooms, errors) is always recorded. Messages are recorded only while somebody
-    looks, which is ``watched``: the one thing that the way of every message has to ask.
+    There are two rings, each of at most ``limit`` events and 4 MiB. What is rare (coming and going, rooms, errors) is
+    always recorded. Messages are recorded only while somebody looks: ``watched`` is all that a message has to check.
     """
 
     __slots__ = (
@@ -191,8 +190,8 @@ class EventLog:
         "_lock",
         "_messages",
         "_path",
+        "_rare",
         "_refill_at",
-        "_story",
         "_taps",
         "_until",
         "_watched_changed",
@@ -207,7 +206,7 @@ class EventLog:
         self._path = path
         self._watched_changed = watched_changed
         # Apart, so that traffic does not push out the last error.
-        self._story = _Ring(limit)
+        self._rare = _Ring(limit)
         self._messages = _Ring(limit)
         self._failures: deque[HandlerError] = deque(maxlen=_FAILURES)
         self._taps: tuple[weakref.ref[Tap], ...] = ()
@@ -230,7 +229,7 @@ class EventLog:
         kept, more = _first(rooms)
         detail = _short(detail) + more if detail else more.lstrip()
         event = Event(next(_numbers), time.time(), kind, self._path, socket, kept, code, detail=detail)
-        self._story.append(event)
+        self._rare.append(event)
         if self._taps:
             self._tell(event)
 
@@ -249,7 +248,7 @@ class EventLog:
         self.record("joined", socket.id, rooms=(room,))
 
     def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
-        """It has left a room; that of one that is gone, `released` has told."""
+        """It has left a room. For a client that is gone, `released` has already listed them."""
         if not released:
             self.record("left", socket.id, rooms=(room,))
 
@@ -349,12 +348,12 @@ class EventLog:
             self._watched_changed(watched)
 
     def unfollow(self, tap: Tap) -> None:
-        """Tell it no more."""
+        """Stop telling the tap of events."""
         with self._lock:
             self._taps = tuple(each for each in self._taps if each() is not tap)
 
     def end(self) -> None:
-        """The server stops: so do the taps."""
+        """End the taps: the server stops."""
         for tap in self._taps:
             if (follower := tap()) is not None:
                 follower.close()
@@ -362,7 +361,7 @@ class EventLog:
     def latest(self, count: int, wanted: Callable[[Event], bool], *, since: int = 0) -> list[Event]:
         """The last ``count`` events that are wanted and numbered above ``since``, oldest first."""
         found: list[Event] = []
-        for ring in (self._story, self._messages):
+        for ring in (self._rare, self._messages):
             picked = itertools.takewhile(lambda event: event.number > since, reversed(ring.events))
             found += itertools.islice(filter(wanted, picked), count)
         return sorted(found)[-count:] if count > 0 else []

@@ -45,8 +45,11 @@ class Hooks:
     )
 
     def __init__(self, service: Any, defaults: type, *, message_type: Any, values_type: Any) -> None:
-        """``defaults``: the base class, whose own hooks need not be called. The types are those of ``on_message``'s
-        message and of ``ws.data.values``."""
+        """Inspect the service.
+
+        ``defaults``: the base class, whose own hooks need not be called. ``message_type``: the annotation of
+        ``on_message``'s message. ``values_type``: that of ``ws.data.values``.
+        """
         self.service = service
         self.open = _hook(service, defaults, "on_open", 1)
         self.close = _hook(service, defaults, "on_close", 3)

@@ -1,7 +1,8 @@
 """Data to message to frame, and typed decoding of what clients send.
 
 One codec everywhere: ``str`` is a text frame, verbatim; bytes-like is a binary frame; everything else becomes
-JSON once, with pydantic's serializer; numpy's arrays and numbers, which that does not know, as lists and numbers.
+JSON once, with pydantic's serializer. Arrays and numbers of numpy, which pydantic does not know, become lists and
+numbers.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def _plain(value: Any) -> Any:
 
 
 class Decoder:
-    """Makes of a client's frame what ``on_message`` asks for by its annotation.
+    """Turns a client's message into what the annotation of ``on_message`` asks for.
 
     ``str`` or nothing: the text. ``bytes``: the bytes. ``str | bytes``: either, as it came. Anything else is
-    parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is checked, but no JSON.
+    parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is validated as text, not as JSON.
     """
 
     __slots__ = ("_raw", "_validator", "_wants")
@@ -202,7 +203,7 @@ class Validator:
 
     @cached_property
     def _hasty(self) -> SchemaValidator | TypeAdapter[Any]:
-        """The same, but each list, set, tuple and dict ends at its first error."""
+        """The same validator, except that each list, set, tuple and dict stops at its first error."""
         schema = _failing_fast(self._adapter.core_schema)
         # Otherwise it takes models as pydantic has already built them, without the limit. That is so in 2.11 and 2.12.
         fresh: dict[str, Any] = (
@@ -250,7 +251,7 @@ _COLLECTIONS = frozenset(("list", "set", "frozenset", "tuple", "dict", "deque", 
 
 
 def _failing_fast(schema: Any) -> Any:
-    """A copy of a core schema whose collections stop at their first error. (Older pydantics do not for dicts.)"""
+    """A copy of a core schema whose collections stop at their first error, except dicts in older pydantics."""
     if isinstance(schema, list | tuple):
         return type(schema)(map(_failing_fast, schema))
     if not isinstance(schema, Mapping):
@@ -295,7 +296,7 @@ def _shown(annotation: Any) -> str:
 
 
 def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[str, Any]]:
-    """pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
+    """Return pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
 
     They are at most `MAX_ERRORS`, with long texts cut. Where there are more, or ``more`` says so, the last entry's
     ``type`` is ``"more_errors"`` and its ``msg`` tells how many.

@@ -38,13 +38,24 @@ class FanOut(Protocol):
 
     def publish(
         self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
-    ) -> None: ...
+    ) -> None:
+        """Send the message to the members but the excluded, in the order of the calls. Never waits.
 
-    def seal(self, members: Mapping[Socket, None]) -> None: ...
+        ``members`` may be a live collection: `seal` is called before it changes.
+        """
+        ...
 
-    def settle(self, socket: Socket[Any]) -> None: ...
+    def seal(self, members: Mapping[Socket, None]) -> None:
+        """The members are about to change: settle who gets what was published so far."""
+        ...
 
-    def flush(self) -> None: ...
+    def settle(self, socket: Socket[Any]) -> None:
+        """Settle what the socket gets of what was published so far: it is about to close, or to be sent something."""
+        ...
+
+    def flush(self) -> None:
+        """Write now what would be written at the end of the loop's turn."""
+        ...
 
 
 class Link(Protocol):
@@ -84,16 +95,18 @@ class NamespaceObserver(Protocol):
         return None
 
     def released(self, socket: Socket[Any], code: int, reason: str, rooms: Collection[str]) -> None:
-        """The socket is no longer addressed. It still has to leave its ``rooms``; `left` is called for each."""
+        """Nothing is sent to the socket any more. It still has to leave its ``rooms``; `left` is called for each."""
         return None
 
     def joined(self, socket: Socket[Any], room: str, *, first: bool) -> None:
-        """The socket is in the room. ``first``: nobody else is, of this server."""
+        """The socket is in the room. ``first``: no other socket of this server is."""
         return None
 
     def left(self, socket: Socket[Any], room: str, *, last: bool, released: bool) -> None:
-        """The socket has left the room. ``last``: nobody is left in it, of this server. ``released``: with the end of
-        the connection."""
+        """The socket has left the room.
+
+        ``last``: no other socket of this server is in it. ``released``: it left because its connection has ended.
+        """
         return None
 
     def delivered(self, rooms: tuple[str, ...], message: Message, count: int) -> None:
@@ -151,12 +164,12 @@ class SocketsView(Mapping[str, Socket[Any]]):
     def __len__(self) -> int:
         return len(self._sockets)
 
-    # As they are now: some may leave while these are gone through.
-
     def values(self) -> ValuesView[Socket[Any]]:
+        """The sockets there are now: a copy, as some may leave while it is iterated over."""
         return self._sockets.copy().values()
 
     def items(self) -> ItemsView[str, Socket[Any]]:
+        """The ids and sockets there are now: a copy, as some may leave while it is iterated over."""
         return self._sockets.copy().items()
 
     def __repr__(self) -> str:
@@ -191,7 +204,7 @@ class Namespace:
         self._all_gone: list[Callable[[], None]] = []
 
     def open(self, door: Door, outbox: FanOut) -> None:
-        """Send through this door, by this outbox, from now on."""
+        """From now on, send through this outbox, on the loop behind this door."""
         self.door, self.outbox = door, outbox
 
     # -- who is told
@@ -205,7 +218,7 @@ class Namespace:
         self._observers = tuple(each for each in self._observers if each is not observer)
 
     def listen(self, observer: NamespaceObserver, listening: bool) -> None:
-        """Whether the observer is told of messages, too: it costs time for each. From any thread."""
+        """Start or stop telling the observer about messages, which costs time for each of them. From any thread."""
         with self._listening:
             others = tuple(each for each in self._listeners if each is not observer)
             self._listeners = (*others, observer) if listening else others
@@ -226,7 +239,7 @@ class Namespace:
     ) -> int:
         """Send to the members of the room or rooms, once each; returns how many are addressed."""
         if rooms is None:
-            # A room that somebody forgot to set must not mean everybody.
+            # A room that is None by mistake must not mean everybody.
             check_room(rooms)  # type: ignore[unreachable]  # whatever the annotation says
         return self.publish(rooms, data, exclude=exclude, origin=origin)
 
@@ -357,7 +370,7 @@ class Namespace:
 
     def _join(self, socket: Socket[Any], room: str) -> None:
         if socket.ready_state is ReadyState.OPEN and room not in self.index.rooms_of(socket):
-            if self._is_full(socket, room):  # by what this thread, or another, had asked for before
+            if self._is_full(socket, room):  # since it was asked to join other rooms in between
                 log.error("%s did not join %r: %s", socket, room, self._full())
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
@@ -422,9 +435,9 @@ class Namespace:
             observer.admitted(socket)
 
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
-        """The socket is addressed no more; `release_more` until it has left its rooms, then ``on_close`` may run."""
+        """Send nothing to the socket any more. `release_more` takes it out of its rooms; then ``on_close`` may run."""
         assert self.outbox is not None
-        # Of whatever has it among its members: one of its rooms, several, or everybody.
+        # The open batch may be for any of its rooms, for several, or for everybody.
         self.outbox.settle(socket)
         del self._everyone[socket]
         del self._by_id[socket.id]
@@ -436,7 +449,7 @@ class Namespace:
             self._withdrawing[socket] = list(rooms)
 
     def release_more(self, socket: Socket[Any]) -> bool:
-        """Take it out of a thousand of the rooms that it has yet to leave; whether there are more.
+        """Take the socket out of up to a thousand of its rooms; return whether it is in more.
 
         Meanwhile a room may show it, as a socket that is closing. Those that are in more rooms take turns.
         """
@@ -485,7 +498,7 @@ class Namespace:
         self.index.clear()
 
     def abandon(self) -> None:
-        """Wait for nobody any more: what is left are handlers that do not let themselves be cancelled."""
+        """Stop waiting for handlers that go on although they were cancelled."""
         for socket in tuple(self._leaving):
             log.error("%s: a handler goes on although it was cancelled, and is left behind", socket)
             self.forget(socket)

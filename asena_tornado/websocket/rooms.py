@@ -14,7 +14,7 @@ _NOWHERE: dict[str, None] = {}
 
 
 def check_room(room: object, limit: int | None = None) -> str:
-    """The room's name, or `RoomNameError` when it is empty, no string, or over ``limit`` bytes long."""
+    """Return the room's name. Raises `RoomNameError` if it is empty, not a string, or longer than ``limit`` bytes."""
     if isinstance(room, str) and room:
         if limit is None or 4 * len(room) <= limit:  # a character takes up to four bytes
             return room
@@ -63,7 +63,7 @@ class RoomIndex(Generic[Member]):
         return True
 
     def withdraw(self, member: Member) -> dict[str, None]:
-        """The member's rooms, which are no longer listed as its. It still has to `leave` each of them."""
+        """Return the member's rooms and list it as being in none. It still has to `leave` each of them."""
         return self._rooms.pop(member, {})
 
     def members(self, room: str) -> dict[Member, None]:
@@ -83,7 +83,7 @@ class RoomIndex(Generic[Member]):
         return together
 
     def clear(self) -> None:
-        """Nobody is anywhere any more."""
+        """Remove everybody from every room."""
         self._members.clear()
         self._rooms.clear()
 
@@ -148,12 +148,12 @@ class RoomsView(Mapping[str, MembersView[Member]]):
     def __len__(self) -> int:
         return len(self._index.names)
 
-    # As they are now: some may vanish while these are gone through.
-
     def values(self) -> ValuesView[MembersView[Member]]:
+        """The members of each room there is now: a copy, as rooms may vanish while it is iterated over."""
         return dict(self._now()).values()
 
     def items(self) -> ItemsView[str, MembersView[Member]]:
+        """The rooms there are now with their members: a copy, as rooms may vanish while it is iterated over."""
         return dict(self._now()).items()
 
     def _now(self) -> Iterator[tuple[str, MembersView[Member]]]:

@@ -71,6 +71,7 @@ class AsenaWebSocketService(Generic[T]):
     _namespace: Namespace | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse arguments unless the subclass's ``__init__`` takes some."""
         if (args or kwargs) and cls.__init__ is object.__init__:
             if cls is AsenaWebSocketService:
                 shown = ", ".join(getattr(each, "__name__", repr(each)) for each in args)
@@ -223,7 +224,7 @@ def WebSocket(
         frame = sys._getframe(1)
         here = dict(frame.f_locals)
         handler = inspect.unwrap(cls.on_message)
-        # One inherited from another module means the names of that one.
+        # A hook inherited from another module means the names of that module.
         nearby = {**here, **vars(cls)} if handler.__globals__ is frame.f_globals else {}
         spec = WebSocketSpec(
             normal,
@@ -272,7 +273,7 @@ def _values_type(cls: type) -> Any:
 def _message_annotation(cls: type[AsenaWebSocketService[Any]]) -> Any:
     parameters = list(inspect.signature(cls.on_message).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    # Who does not take the message takes any.
+    # A hook without a parameter for the message takes any.
     return positional[1].annotation if len(positional) > 1 else str | bytes
 
 
@@ -290,7 +291,7 @@ def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
 
 
 def _needed(annotation: Any, cls: type, where: str) -> Any:
-    """The annotation, resolved now if it is not yet."""
+    """The annotation, resolved if it is still a string."""
     if isinstance(annotation, str):
         annotation = _resolve(annotation, cls, {})
     if isinstance(annotation, str):
@@ -302,7 +303,7 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 
 
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
-    """The hooks of a service. Raises `ConfigurationError` for what cannot be called, or is annotated in vain."""
+    """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
     spec, cls = spec_of(service), type(service)
     return Hooks(
         service,

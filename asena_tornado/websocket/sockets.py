@@ -118,12 +118,12 @@ class Wire(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Close the descriptor and nothing else: there is no loop any more, or it is another process's."""
+        """Close the descriptor and nothing else: the loop has ended, or belongs to the parent process."""
         ...
 
 
 class Home(Protocol):
-    """The namespace of a socket (see `websocket.namespace`). What changes something may be called from any thread."""
+    """The namespace of a socket (see `websocket.namespace`). Its methods may be called from any thread."""
 
     path: str
     door: Door
