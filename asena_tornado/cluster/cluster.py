@@ -504,11 +504,11 @@ class Cluster:
                 log.warning("node %s is gone: no heartbeat for %g s", node.hex()[:8], DEAD_AFTER * HEARTBEAT)
             self._remote.lose(node)
             self._departed(node, known, published=True)  # perhaps since it was heard last
-            for other, (until, since) in list(self._came_back.items()):
-                if now > until:
-                    del self._came_back[other]
-                else:  # the one that is gone may have been there, unknown to it, while it was away
-                    self._beat(to=other, departed_since=since)
+        for other, (until, since) in list(self._came_back.items()):
+            if now > until or not self._members.is_alive(other):
+                del self._came_back[other]
+            elif gone:  # those may have been there, unknown to it, while it was away
+                self._beat(to=other, departed_since=since)
         for node in forgotten:
             self._forget(node)
         for node, (_, heard_at) in list(self._foreign.items()):
