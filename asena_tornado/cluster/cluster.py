@@ -16,7 +16,7 @@ from pydantic_core import to_json
 
 from ..errors import RoomNameError, TransportError, must_propagate
 from ..transports import Transport
-from ..websocket.messages import Message, valid_close_code
+from ..websocket.messages import Message, check_close
 from ..websocket.namespace import Namespace, NamespaceObserver
 from . import nodes
 from .envelope import (
@@ -762,8 +762,7 @@ class Cluster:
         self, path: str | None, socket_id: str, code: int = 1000, reason: str = "", *, timeout: float = 2.0
     ) -> bool | None:
         """Close a socket: True, or None when nobody has it. Raises ``ValueError`` as `Socket.close` does."""
-        if not valid_close_code(code) or len(reason.encode()) > 123:
-            raise ValueError(f"not a valid close code and reason: {code}, {reason!r}")
+        check_close(code, reason)
         return await self._remote.act("disconnect", path, socket_id, timeout, code=code, reason=reason)
 
     def ask(self, node: bytes | None, request: bytes, body: bytes) -> bool:

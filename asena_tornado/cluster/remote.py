@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 from pydantic_core import from_json, to_json
 
 from ..errors import RoomLimitError, RoomNameError, TransportError
-from ..websocket.messages import valid_close_code
+from ..websocket.messages import check_close
 from .envelope import EnvelopeError, Operation, Reply, Request, message_of
 from .nodes import Count
 
@@ -292,8 +292,10 @@ class Remote:
             else:
                 error = "was not in it"
         elif request.operation == "disconnect":
-            if not valid_close_code(request.code) or len(request.reason.encode()) > 123:
-                raise EnvelopeError(f"not a valid close code and reason: {request.code} {request.reason!r}")
+            try:
+                check_close(request.code, request.reason)
+            except ValueError as invalid:
+                raise EnvelopeError(str(invalid)) from None
             socket.close(request.code, request.reason)
         return Reply(id=request.id, done=True, error=error)
 
