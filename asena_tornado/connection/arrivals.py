@@ -98,13 +98,19 @@ class Arrivals:
             self._timer = self._loop.call_later(_PATIENCE, self._tire)
 
     def _give_up(self, connection: socket.socket) -> None:
-        self._loop.remove_reader(connection.fileno())
-        address, _ = self._waiting.pop(connection)
+        address = self._wait_no_more(connection)
         self._hand_over(connection, address, None)
 
-    def _readable(self, connection: socket.socket) -> None:
+    def _wait_no_more(self, connection: socket.socket) -> Any:
         self._loop.remove_reader(connection.fileno())
         address, _ = self._waiting.pop(connection)
+        if not self._waiting and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        return address
+
+    def _readable(self, connection: socket.socket) -> None:
+        address = self._wait_no_more(connection)
         try:
             if not self._look(connection, address):
                 self._hand_over(connection, address, None)

@@ -20,6 +20,7 @@ from .reader import Reader
 # One read takes what gathered meanwhile, up to here: thousands of tiny frames in one chunk would hold up the others.
 _READ_SIZE = 64 * 1024
 _JOIN_BELOW = 64 * 1024
+_LINGER = 1.0  # seconds
 _RECORDS = 4  # of TLS, of 16 KiB each, that are read in one turn
 _VECTOR = 64  # chunks per sendmsg, well below every system's IOV_MAX
 
@@ -229,7 +230,7 @@ class SocketChannel:
             self.send = self._sock.send
             self._loop.remove_writer(self._fd)
             if self._ending == "close":
-                self._lost(None)
+                self._close()
             elif self._ending == "shut":
                 self._shut_writing()
             elif self._owner is not None:
@@ -269,9 +270,12 @@ class SocketChannel:
     def finish(self) -> None:
         """Close once all is sent."""
         if self._backlog is None:
-            self._lost(None)
+            self._close()
         else:
             self._ending = "close"
+
+    def _close(self) -> None:
+        self._lost(None)
 
     def abort(self) -> None:
         """Close now, whatever is unsent, with a reset."""
@@ -313,7 +317,7 @@ class TlsChannel(SocketChannel):
     wait until something has been read, or a read until something has been written, as when keys are changed.
     """
 
-    __slots__ = ("_read_waits", "_write_waits")
+    __slots__ = ("_patience", "_read_waits", "_write_waits")
 
     AGAIN: ClassVar[tuple[type[OSError], ...]] = (*SocketChannel.AGAIN, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -321,6 +325,7 @@ class TlsChannel(SocketChannel):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: ssl.SSLSocket, ledger: Ledger, reader: Reader) -> None:
         super().__init__(loop, sock, ledger, reader)
+        self._patience: asyncio.TimerHandle | None = None  # nothing more is sent; the client has a moment to close
         self._read_waits = False  # for a write
         self._write_waits = False  # for a read
 
@@ -383,6 +388,20 @@ class TlsChannel(SocketChannel):
 
     def _send_some(self, backlog: deque[memoryview | bytes]) -> int:
         return self._sock.send(backlog[0])  # what could not be written has to come again as it was
+
+    def _close(self) -> None:
+        # TLS has a goodbye of its own. Closed with that unread, the connection would be reset, and the client would
+        # lose what it has not read yet.
+        if self._patience is None and self._fd >= 0:
+            self._shut_writing()
+            self.resume()
+            self._patience = self._loop.call_later(_LINGER, self._lost, None)
+
+    def _lost(self, error: Exception | None) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        super()._lost(error)
 
     def shut(self) -> None:
         """TLS has no half-close that clients honour: reading goes on until they close, or the time limit."""
