@@ -4,10 +4,12 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import pytest
+import websockets
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
@@ -527,3 +529,55 @@ def test_options_refuse_unknown_names_and_impossible_values() -> None:
         WebSocket("/x", options={"max_sockets": 1})  # type: ignore[arg-type]  # that is the point
     with pytest.raises(ValueError, match="frozen"):
         WebSocketOptions().max_sockets = 3
+
+
+# -- what handlers share, and what they do not
+
+
+async def test_handlers_may_await_one_future_and_tasks_they_have_started() -> None:
+    """Messages of several clients that are read in one turn, and a task beside the handler, wait for the same thing."""
+
+    @WebSocket("/x")
+    class Sharing(AsenaWebSocketService):
+        shared: asyncio.Future[str] | None = None
+
+        async def on_message(self, ws: Socket, message: str) -> None:
+            if self.shared is None:
+                self.shared = asyncio.get_running_loop().create_future()
+            future = self.shared
+
+            async def beside() -> str:
+                return await future
+
+            helper = asyncio.create_task(beside())
+            if message == "last":
+                future.set_result("value")
+            ws.send(f"{await future} {await helper}")
+
+    async with AsenaServer(Sharing, port=0) as server:
+        clients = [await server.connect("/x") for _ in range(4)]
+        for client, text in zip(clients, ["1", "2", "3", "last"], strict=True):
+            await client.send(text)
+        assert [await client.recv() for client in clients] == ["value value"] * 4
+
+
+async def test_a_client_never_sees_the_context_variables_of_another() -> None:
+    """All sockets are read in one callback; what runs beside the message handler has a context of its own."""
+    who: ContextVar[str] = ContextVar("who", default="nobody")
+    seen: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    @WebSocket("/x")
+    class Pinged(AsenaWebSocketService):
+        def on_ping(self, ws: Socket, payload: bytes) -> None:
+            seen.put_nowait((payload.decode(), who.get()))
+            who.set(payload.decode())
+
+    async with (
+        AsenaServer(Pinged, port=0) as server,
+        websockets.connect(server.url("/x"), ping_interval=None) as ann,
+        websockets.connect(server.url("/x"), ping_interval=None) as bob,
+    ):
+        for client, name in ((ann, "ann"), (bob, "bob"), (ann, "ann again"), (bob, "bob again")):
+            await client.ping(name)
+            said, saw = await seen.get()
+            assert (said, saw) == (name, name.split()[0] if "again" in name else "nobody")

@@ -99,7 +99,11 @@ class Arrivals:
 
     def _give_up(self, connection: socket.socket) -> None:
         address = self._wait_no_more(connection)
-        self._hand_over(connection, address, None)
+        try:
+            self._hand_over(connection, address, None)
+        except Exception:
+            log.exception("a new connection could not be served")
+            connection.close()
 
     def _wait_no_more(self, connection: socket.socket) -> Any:
         self._loop.remove_reader(connection.fileno())

@@ -252,8 +252,12 @@ class SocketChannel:
     def resume(self) -> None:
         """Read (again)."""
         if not self._reading and self._fd >= 0:
-            self._reading = True
-            self._reader.add(self._fd, self._readable)
+            try:
+                self._reader.add(self._fd, self._readable)
+            except OSError as error:  # the system watches as many as it may
+                self._loop.call_soon(self._lost, error)
+            else:
+                self._reading = True
 
     def shut(self) -> None:
         """Say that no more will be sent, once all is sent; go on reading until the client has closed too."""
@@ -335,6 +339,8 @@ class TlsChannel(SocketChannel):
         self._loop.call_soon(self._readable)  # more may have been decrypted than Tornado has read
 
     def _readable(self) -> None:
+        if self._fd < 0:
+            return
         if self._write_waits:
             self._write_waits = False
             self._watch_writing()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from asyncio import _enter_task, _leave_task
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable, iscoroutine
 from typing import Any, Protocol
 
@@ -21,9 +20,6 @@ from ..websocket.sockets import ReadyState, Socket
 from .keepalive import Keepalive
 
 log = logging.getLogger("asena_tornado")
-
-# Messages of one client that are handled before everybody else on the loop has a turn.
-_AT_ONCE = 64
 
 
 class Source(Protocol):
@@ -61,7 +57,7 @@ class Dispatch:
 
     __slots__ = (
         "_background",
-        "_begun",
+        "_beside",
         "_context",
         "_done",
         "_full",
@@ -101,7 +97,7 @@ class Dispatch:
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None  # while the task waits for a message
         self._context: contextvars.Context | None = None  # the task's
-        self._begun: Awaitable[None] | None = None  # what the task is to go on with: a handler that has to wait
+        self._beside: contextvars.Context | None = None  # that of the hooks that run beside it
         self._stopping = False
         self._done: tuple[Callable[[], None], float] | None = None  # see `when_done`, and the loop's time
         self._timer: asyncio.TimerHandle | None = None
@@ -140,64 +136,25 @@ class Dispatch:
                 source.hold()
 
     def proceed(self) -> None:
-        """After `message_received`, once or several times: handle what has arrived, or have the task do it.
-
-        A handler begins without waiting for the task's turn, but runs as the task: ``asyncio.current_task()``, the
-        context variables and the order of messages are what they would be there. When a handler has to wait, or when
-        there is much to do, the task carries on.
-        """
+        """After `message_received`, once or several times: have the task handle what has arrived."""
         wake = self._wake
-        if wake is None or not self._inbox or wake.done():  # done: cancelled with the task, which has not run since
-            return
-        task, context = self._task, self._context
-        begun: Awaitable[None] | None = None
-        if asyncio.current_task(self._loop) is None and task is not None and context is not None:
-            self._wake = None  # what arrives meanwhile has to wait
-            _enter_task(self._loop, task)
-            try:
-                begun = context.run(self._begin)
-            finally:
-                _leave_task(self._loop, task)
-            rest = begun is not None or self._inbox or self._full or self._stopping or self._done is not None
-            if not rest and not wake.done():
-                self._wake = wake
-                return
-        self._wake = None
-        self._begun = begun
-        if not wake.done():
+        if (
+            wake is not None and self._inbox and not wake.done()
+        ):  # done: cancelled with the task, which has not run since
+            self._wake = None
             wake.set_result(None)
-
-    def _begin(self) -> Awaitable[None] | None:
-        """Handle messages as far as possible without waiting; return what is left to do of the last one."""
-        inbox, socket, namespace = self._inbox, self._source.socket, self._namespace
-        for _ in range(_AT_ONCE):
-            if not inbox:
-                break
-            data = inbox.popleft()
-            self.size -= len(data)
-            hooks = namespace.hooks
-            try:
-                result = hooks.message(socket, hooks.decode(data))
-                if result is None or not isawaitable(result):
-                    continue
-                if not iscoroutine(result):
-                    return result
-            except BaseException as error:  # noqa: BLE001 - for `_handler_failed`
-                return _Failed(error)
-            try:
-                waits_for = result.send(None)
-            except StopIteration:
-                continue
-            except BaseException as error:  # noqa: BLE001 - for `_handler_failed`
-                return _Failed(error)
-            return _Begun(result, waits_for)
-        return None
 
     def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""
         # A flood of pings must not become a flood of tasks.
         if hook is None or (self._background and len(self._background) >= self._options.max_queued_messages):
             return
+        if self._beside is None:
+            # Of its own, as all sockets are read in one context: one client's variables are not another's.
+            self._beside = contextvars.Context() if self._context is None else self._context.copy()
+        self._beside.run(self._notify, hook, *args)
+
+    def _notify(self, hook: Callable[..., Any], *args: Any) -> None:
         try:
             result = hook(self._source.socket, *args)
         except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
@@ -324,30 +281,8 @@ class Dispatch:
                 self._now_done()
             if self._stopping:
                 return
-            self._wake = wake = self._loop.create_future()
-            try:
-                await wake
-            except asyncio.CancelledError as error:
-                if self._begun is None:
-                    raise
-                await self._go_on(error)
-            else:
-                if self._begun is not None:
-                    await self._go_on()
-
-    async def _go_on(self, cancelled: asyncio.CancelledError | None = None) -> None:
-        """Finish the handler that was begun. ``cancelled``: the task was cancelled in the meantime."""
-        begun, self._begun = self._begun, None
-        assert begun is not None
-        try:
-            if cancelled is not None:
-                begun = begun.after(cancelled) if isinstance(begun, _Begun) else _Failed(cancelled)
-            await begun
-        except InvalidMessageError as error:
-            self._note(error)
-            await self._run(self._namespace.hooks.invalid, self._source.socket, error)
-        except BaseException as error:  # noqa: BLE001 - reported, and it goes to on_error
-            await self._handler_failed(error)
+            self._wake = self._loop.create_future()
+            await self._wake
 
     async def _run_on_close(self) -> None:
         source, namespace = self._source, self._namespace
@@ -405,67 +340,6 @@ class Dispatch:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-class _Begun:
-    """The rest of a coroutine that waits for something."""
-
-    __slots__ = ("_coroutine", "_waits_for")
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
-        self._coroutine = coroutine
-        self._waits_for = waits_for
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        try:
-            yield self._waits_for
-        except BaseException as error:  # noqa: BLE001 - goes where it was meant to go
-            yield from self._throw(error)
-        else:
-            yield from self._coroutine.__await__()
-
-    def after(self, error: BaseException) -> Awaitable[None]:
-        """The same, except that the error is raised in it instead of going on."""
-        return _Rest(self._throw(error))
-
-    def _throw(self, error: BaseException) -> Generator[Any, Any, None]:
-        while True:
-            try:
-                waits_for = self._coroutine.throw(error)
-            except StopIteration:
-                return
-            try:
-                yield waits_for
-            except BaseException as another:  # noqa: BLE001 - likewise
-                error = another
-            else:
-                break
-        yield from self._coroutine.__await__()
-
-
-class _Rest:
-    __slots__ = ("_generator",)
-
-    def __init__(self, generator: Generator[Any, Any, None]) -> None:
-        self._generator = generator
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._generator
-
-
-class _Failed:
-    """A handler that has raised."""
-
-    __slots__ = ("_error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    async def _raise(self) -> None:
-        raise self._error
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._raise().__await__()
 
 
 __all__ = ["Dispatch", "Source"]

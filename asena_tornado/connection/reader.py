@@ -8,7 +8,6 @@ import select
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import must_propagate
 from ..hosting import beside, new_poll, running_loop
 
 log = logging.getLogger("asena_tornado")
@@ -91,9 +90,7 @@ class Reader:
                 if callback is not None:
                     try:
                         callback()
-                    except BaseException as error:
-                        if must_propagate(error):
-                            raise
+                    except Exception:  # of an interrupt asyncio knows what to do; the others are read in the next turn
                         log.exception("reading from a socket failed")
         finally:
             self._gatherer.gathered()
