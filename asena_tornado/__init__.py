@@ -1,12 +1,10 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
-from .client.live import LiveClient
 from .client.plain import Client, connect
 from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
-    CallError,
     CircularDependencyError,
     ConfigurationError,
     ConnectionClosed,
@@ -53,7 +51,6 @@ __all__ = [
     "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
-    "CallError",
     "CircularDependencyError",
     "Client",
     "ConfigurationError",
@@ -72,7 +69,6 @@ __all__ = [
     "InjectionError",
     "Inspector",
     "InvalidMessageError",
-    "LiveClient",
     "LocalTransport",
     "Middleware",
     "MiddlewareError",
