@@ -35,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="of tests that do things at random")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Interrupts work in a run in the background, too: shells have those ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every async test runs on io_loop, also one that does not name it."""
     for item in items:

@@ -123,13 +123,18 @@ class HeldSocket(socket.socket):
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Receive, as ``socket.recv``; at most 64 KiB at once."""
-        if flags or type(bufsize) is not int or not 0 < bufsize <= _MAX_LENGTH or self.gettimeout() != 0:
+        if (
+            (flags and flags != socket.MSG_PEEK)
+            or type(bufsize) is not int
+            or not 0 < bufsize <= _MAX_LENGTH
+            or self.gettimeout() != 0
+        ):
             return super().recv(bufsize, flags)
         buffer = _buffer.bytes
-        size: int = libc.recv(self, buffer, min(bufsize, _MAX_RECEIVE), _RECV_FLAGS)
+        size: int = libc.recv(self, buffer, min(bufsize, _MAX_RECEIVE), _RECV_FLAGS | flags)
         if size < 0:
             if ctypes.get_errno() == errno.EINTR:
-                return super().recv(bufsize)
+                return super().recv(bufsize, flags)
             raise _last_error()
         received: bytes = buffer[:size]
         return received
