@@ -155,8 +155,9 @@ class Handshake:
         except OSError:
             sock.close()  # the client is gone
             return
-        channel.write(self._answer(agreed))
         self._begin(channel, b"", agreed)
+        # In the same turn as the rest, and last: a client that has its answer is among the sockets.
+        channel.write(self._answer(agreed))
 
     def _begin(self, channel: Channel, received: bytes, agreed: DeflateParameters | None) -> None:
         endpoint, options, client = self._endpoint, self._endpoint.options, self._client
