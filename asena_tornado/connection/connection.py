@@ -36,7 +36,6 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_afterwards",
         "_close_timer",
         "_dispatch",
         "_events",
@@ -96,7 +95,6 @@ class Connection:
         self._keepalive = keepalive
         self._inflation = inflation
         self.deflate = deflate
-        self._afterwards: tuple[Callable[..., None], tuple[Any, ...]] | None = None
         self._dispatch = Dispatch(loop, self, namespace=namespace, options=options, keepalive=keepalive)
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)
         self._limit = options.max_buffered_bytes
@@ -144,7 +142,6 @@ class Connection:
                 self.channel.pause()
                 if parser.inflating:
                     self._inflation.add(self)
-        self._proceed()
 
     def ping_received(self, payload: bytes) -> None:
         """Answer at once, however busy the handler is, unless the client does not read the answers."""
@@ -385,16 +382,9 @@ class Connection:
         """End the connection, but after the messages that came before: immediate answers to them are still sent."""
         self._parser.end()
         if self._dispatch.waiting:
-            self._afterwards = act, args
+            self._loop.call_soon(act, *args)
         else:
             act(*args)
-
-    def _proceed(self) -> None:
-        """Have the dispatch handle what arrived; after that, end the connection if it is to end."""
-        self._dispatch.proceed()
-        if self._afterwards is not None:
-            (act, args), self._afterwards = self._afterwards, None
-            self._loop.call_soon(act, *args)
 
     def _fail(self, error: ProtocolError) -> None:
         """Fail the connection (RFC 6455 §7.1.7): say why, send no more, and let the client go."""
@@ -463,12 +453,10 @@ class Connection:
     def inflate(self, allowance: int) -> int:
         """Go on inflating a large message; for `InflationQueue`."""
         try:
-            left = self._parser.inflate(allowance)
+            return self._parser.inflate(allowance)
         except ProtocolError as error:
             self._after_messages(self._fail, error)
-            left = allowance
-        self._proceed()
-        return left
+            return allowance
 
     def parse_on(self) -> None:
         """Parse what waited, and read on."""
@@ -478,7 +466,6 @@ class Connection:
             self._after_messages(self._fail, error)
         else:
             self._resume()
-        self._proceed()
 
     def _resume(self) -> None:
         if self._parser.inflating:

@@ -114,7 +114,7 @@ class Dispatch:
     # -- what arrives
 
     def message_received(self, data: str | bytes) -> None:
-        """A whole message, from the parser; `proceed` has to follow."""
+        """A whole message, from the parser."""
         source = self._source
         if source.state is not ReadyState.OPEN:
             return
@@ -134,13 +134,8 @@ class Dispatch:
             else:
                 self._full = True
                 source.hold()
-
-    def proceed(self) -> None:
-        """After `message_received`, once or several times: have the task handle what has arrived."""
         wake = self._wake
-        if (
-            wake is not None and self._inbox and not wake.done()
-        ):  # done: cancelled with the task, which has not run since
+        if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
             self._wake = None
             wake.set_result(None)
 

@@ -99,15 +99,11 @@ class Outbox:
         self._open: Batch | None = None
         self._dirty: list[Debtor] = []
         self._scheduled = False
-        self.reader = Reader(loop, self)
+        self.reader = Reader(loop)
 
     def close(self) -> None:
         """Nothing is read any more; what is sent still goes out."""
         self.reader.close()
-
-    def gather(self) -> None:
-        """Write nothing until `gathered` is called, which will be soon."""
-        self._scheduled = True
 
     def publish(
         self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
@@ -129,7 +125,7 @@ class Outbox:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self.gathered)
+            self._loop.call_soon(self._tick)
 
     def send(self, connection: Debtor, frame: bytes, count: int = 1) -> None:
         """Owe the frame to one connection; ``count`` is 0 for a control frame."""
@@ -140,7 +136,7 @@ class Outbox:
             self.flush()
         elif not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self.gathered)
+            self._loop.call_soon(self._tick)
 
     def settle(self, socket: Socket) -> None:
         """Fix what the socket's connection is owed so far."""
@@ -191,8 +187,7 @@ class Outbox:
                     plain = batch.share(connection, None, made)
                 self._owe(connection, plain, count)
 
-    def gathered(self) -> None:
-        """End what `gather` began: write."""
+    def _tick(self) -> None:
         self._scheduled = False
         self.flush()
 

@@ -1,4 +1,4 @@
-"""One reader for all plain sockets of a loop: a poll object of our own, which the loop watches as one descriptor."""
+"""One reader for all sockets of a loop: a poll object of our own, which the loop watches as one descriptor."""
 
 from __future__ import annotations
 
@@ -16,28 +16,14 @@ log = logging.getLogger("asena_tornado")
 _AT_ONCE = 512
 
 
-class Gatherer(Protocol):
-    """Gathers what is sent while sockets are read, and sends it afterwards; the outbox does."""
-
-    def gather(self) -> None:
-        """Begin to gather: sockets are about to be read."""
-        ...
-
-    def gathered(self) -> None:
-        """Send what was gathered: the sockets have been read."""
-        ...
-
-
 class Reader:
     """Calls back for each socket that has something to read, all of them in one callback of the loop.
 
-    A loop's own way is a callback, a handle and a context for each socket and turn. What handlers send meanwhile is
-    gathered, and goes out at the end of the turn rather than in another one.
+    A loop's own way is a callback, a handle and a context for each socket and turn. Here all share one context.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gatherer: Gatherer) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._gatherer = gatherer
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._poll: _Poll | None = None  # None where there is neither, as on Windows: the loop watches each socket
         self._closed = False
@@ -81,19 +67,15 @@ class Reader:
         if poll is None:
             return
         callbacks = self._callbacks
-        self._gatherer.gather()
-        try:
-            for fd in poll.ready(_AT_ONCE):
-                # One that was closed in this turn is not there; where its number is in use again, there is nothing
-                # to read yet, which does no harm.
-                callback = callbacks.get(fd)
-                if callback is not None:
-                    try:
-                        callback()
-                    except Exception:  # of an interrupt asyncio knows what to do; the others are read in the next turn
-                        log.exception("reading from a socket failed")
-        finally:
-            self._gatherer.gathered()
+        for fd in poll.ready(_AT_ONCE):
+            # A socket that was closed in this turn is not there any more. If its number is in use again, there is
+            # nothing to read yet, which does no harm.
+            callback = callbacks.get(fd)
+            if callback is not None:
+                try:
+                    callback()
+                except Exception:  # asyncio knows what to do with an interrupt; the others are read in the next turn
+                    log.exception("reading from a socket failed")
 
 
 class _Poll(Protocol):
@@ -144,4 +126,4 @@ class _Kqueue:
         return [event.ident for event in self._kqueue.control(None, most, 0)]
 
 
-__all__ = ["Gatherer", "Reader"]
+__all__ = ["Reader"]
