@@ -56,6 +56,7 @@ class Connection:
         "bytes_out",
         "channel",
         "code",
+        "coded",
         "connected_at",
         "deflate",
         "dropped",
@@ -67,6 +68,7 @@ class Connection:
         "peer_is_gone",
         "ping_sent_at",
         "pinged_at",
+        "pushed",
         "reason",
         "round_trip_time",
         "socket",
@@ -96,6 +98,9 @@ class Connection:
         self._keepalive = keepalive
         self._inflation = inflation
         self.deflate = deflate
+        # Whether it gets other bytes than a message's own frame; whether those are pushes.
+        self.coded = deflate is not None
+        self.pushed = False
         self._afterwards: tuple[Callable[..., None], tuple[Any, ...]] | None = None
         self._dispatch = Dispatch(loop, self, namespace=namespace, options=options, keepalive=keepalive)
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)

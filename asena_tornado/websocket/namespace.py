@@ -37,7 +37,11 @@ class FanOut(Protocol):
     """Where messages go (see `connection.outbox`)."""
 
     def publish(
-        self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
+        self,
+        members: Mapping[Socket, None],
+        message: Message,
+        excluded: frozenset[Socket] | None = None,
+        rooms: tuple[str, ...] | None = None,
     ) -> None: ...
 
     def seal(self, members: Mapping[Socket, None]) -> None: ...
@@ -300,7 +304,7 @@ class Namespace:
         if count:
             if self._listeners:
                 self._tell_listeners(names or (), message, count)
-            self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
+            self.outbox.publish(members, message, excluded, names)  # type: ignore[union-attr]  # the door is open
         return count
 
     def members(self, room: str | None) -> Mapping[Socket[Any], None]:
