@@ -23,6 +23,7 @@ from .errors import (
     ServerStateError,
     SocketClosedError,
     SocketNotFoundError,
+    TokenExpired,
     TransportError,
     UlakError,
     UlakErrorCode,
@@ -37,9 +38,10 @@ from .web.controllers import Controller, Delete, Get, Patch, Post, Put
 from .web.http import Context, Response
 from .web.middlewares import RateLimit, RequestLog, TokenAuth
 from .websocket.events import HandlerError
+from .websocket.hooks import SubscribeRequest, Subscription
 from .websocket.namespace import Addressed
 from .websocket.options import WebSocketOptions
-from .websocket.service import AsenaWebSocketService, WebSocket
+from .websocket.service import AsenaWebSocketService, WebSocket, on
 from .websocket.sockets import ReadyState, Socket, SocketData
 
 __version__ = "0.1.0"
@@ -96,7 +98,10 @@ __all__ = [
     "SocketClosedError",
     "SocketData",
     "SocketNotFoundError",
+    "SubscribeRequest",
+    "Subscription",
     "TokenAuth",
+    "TokenExpired",
     "Transport",
     "TransportError",
     "Ulak",
@@ -108,5 +113,6 @@ __all__ = [
     "WebSocketOptions",
     "__version__",
     "connect",
+    "on",
     "ulak",
 ]

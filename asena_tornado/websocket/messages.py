@@ -349,6 +349,16 @@ def _shown(annotation: Any) -> str:
     return " or ".join(p.__name__ if isinstance(p, type) and not get_args(p) else str(p) for p in parts)
 
 
+def parts_of(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, without annotations and aliases; of anything else, itself."""
+    return tuple(_bare(part) for part in _parts(_bare(annotation)))
+
+
+def shown_type(annotation: Any) -> str:
+    """The type as messages name it."""
+    return _shown(annotation)
+
+
 def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[str, Any]]:
     """pydantic's errors as plain data that can be sent: ``type``, ``loc``, ``msg``; never the input itself.
 
