@@ -320,6 +320,47 @@ async def test_middleware_sees_the_token_the_data_and_headers_that_are_not_made_
         assert "X-A" not in context.req.headers
 
 
+async def test_headers_that_are_none_are_left_out_or_a_bad_request() -> None:
+    async with AsenaServer(Gated, port=0) as server:
+        async with raw(server, "/gated") as client:
+            headers = {"X-Fine": "1", "X-Bad": "a\r\nX: b", "": "x", "sp ace": "x", "X_Forwarded_For": "1.2.3.4"}
+            await client.connect(data={"name": "ann"}, headers=headers)
+            assert Gate.seen.headers["X-Fine"] == "1"
+            for name in ("X-Bad", "X_Forwarded_For", "X-Forwarded-For", "sp ace"):
+                assert name not in Gate.seen.headers
+        for wrong in ({"connect": {"headers": {"X": 1}}, "id": 1}, {"connect": {"headers": [1]}, "id": 1}):
+            async with raw(server, "/gated") as client:
+                await client.say(wrong)
+                assert await client.closed() == (3501, "bad request")
+
+
+async def test_what_a_hook_does_or_returns_by_mistake_is_told() -> None:
+    @WebSocket("/x", options=WebSocketOptions(max_rooms_per_socket=1))
+    class Service(AsenaWebSocketService):
+        def on_error(self, ws: Socket, error: BaseException) -> None:
+            pass
+
+        def on_subscribe(self, ws: Socket, room: str, request: SubscribeRequest) -> Any:
+            if room == "itself":
+                ws.subscribe(room)
+            return {"itself": False, "odd": "yes", "data": Subscription(data=object())}.get(room, True)
+
+        def on_publish(self, ws: Socket, room: str, data: Any) -> Any:
+            return object()
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        codes = []
+        for room in ("odd", "data", "fits", "one too many"):
+            reply = await client.ask({"subscribe": {"channel": room}, "id": 2})
+            codes.append(reply.get("error", {}).get("code"))
+        assert codes == [100, 100, None, 106]
+        await client.ask({"unsubscribe": {"channel": "fits"}, "id": 3})
+        assert (await client.ask({"subscribe": {"channel": "itself"}, "id": 4}))["error"]["code"] == 103
+        assert await client.hear() == {"push": {"channel": "itself", "subscribe": {}}}
+        assert (await client.ask({"publish": {"channel": "itself", "data": 1}, "id": 5}))["error"]["code"] == 100
+
+
 async def test_ready_made_middleware_serves_both_kinds_of_clients() -> None:
     users = {"secret": {"user": "ann"}}
 
