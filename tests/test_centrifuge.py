@@ -707,7 +707,7 @@ async def test_bad_input_is_a_bad_request_and_nobody_else_notices(frame: str | b
 
 async def test_other_odd_input_is_answered() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
-        rooms = {f"room {i}": {"recover": True, "offset": 1, "epoch": "x"} for i in range(20_000)}
+        rooms = {f"room {i}": {"recover": True, "offset": 1, "epoch": "x"} for i in range(10_000)}
         assert "subs" not in await client.connect(subs=rooms)
         # Of two requests the first in the protocol's order counts.
         both = {"rpc": {"data": "x"}, "subscribe": {"channel": "news"}, "id": 2}
@@ -720,6 +720,21 @@ async def test_other_odd_input_is_answered() -> None:
         chat(server).to(room, 1)
         assert await client.hear() == pub(room, 1)
         assert (await client.ask({"subscribe": {"channel": "x" * 2000}, "id": 4}))["error"]["code"] == 107
+
+
+async def test_who_has_not_connected_may_send_little(wires: Any) -> None:
+    async with AsenaServer(Chat, port=0) as server:
+        async with raw(server, max_size=None) as client:
+            await client.connect()
+            assert (await client.ask({"rpc": {"data": "x" * 2_000_000}, "id": 2}))["rpc"]["data"] == "x" * 2_000_000
+
+        def token_of(size: int) -> int:
+            wire = wires.connect(server, "/chat/connection/websocket")
+            wire.write(wire.frame(1, json.dumps({"connect": {"token": "x" * size}, "id": 1}).encode()))
+            _, payload = wire.read_frame()
+            return int.from_bytes(payload[:2], "big")
+
+        assert await asyncio.to_thread(token_of, 1_100_000) == 1009
 
 
 async def test_a_command_before_connect_is_a_bad_request() -> None:

@@ -77,6 +77,7 @@ _KINDS = (
 
 _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
+_MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
 _MAX_CREDENTIALS = 64 * 1024  # characters of a token and headers
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
@@ -140,6 +141,7 @@ class CentrifugeConnection(Connection):
     def start(self, received: bytes) -> None:
         """Read, and wait for the client to connect."""
         self._namespace.expect(self.socket)
+        self._parser.limit(min(_MAX_CONNECT, self._options.max_message_size))
         self._keepalive.add(self)
         self._dispatch.start()
         self.channel.start(self, received)
@@ -147,6 +149,7 @@ class CentrifugeConnection(Connection):
     def admit(self, values: Any) -> None:
         """The socket is open from here on, but nothing is sent until `welcome`."""
         self.socket.data = dataclasses.replace(self.socket.data, values=values)
+        self._parser.limit(self._options.max_message_size)
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
         self._namespace.admit(self.socket)
