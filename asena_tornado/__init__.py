@@ -1,10 +1,12 @@
 """Live rooms in Python: in a notebook, in a Tornado application, and on more than one machine."""
 
+from .client.live import LiveClient
 from .client.plain import Client, connect
 from .cluster import BlockingUlakClient, Count, Gap, UlakClient
 from .errors import (
     AsenaError,
     BackpressureError,
+    CallError,
     CircularDependencyError,
     ConfigurationError,
     ConnectionClosed,
@@ -21,6 +23,7 @@ from .errors import (
     ServerStateError,
     SocketClosedError,
     SocketNotFoundError,
+    TokenExpired,
     TransportError,
     UlakError,
     UlakErrorCode,
@@ -35,9 +38,10 @@ from .web.controllers import Controller, Delete, Get, Patch, Post, Put
 from .web.http import Context, Response
 from .web.middlewares import RateLimit, RequestLog, TokenAuth
 from .websocket.events import HandlerError
+from .websocket.hooks import SubscribeRequest, Subscription
 from .websocket.namespace import Addressed
 from .websocket.options import WebSocketOptions
-from .websocket.service import AsenaWebSocketService, WebSocket
+from .websocket.service import AsenaWebSocketService, WebSocket, on
 from .websocket.sockets import ReadyState, Socket, SocketData
 
 __version__ = "0.1.0"
@@ -51,6 +55,7 @@ __all__ = [
     "BlockingUlakClient",
     "BulkOperation",
     "BulkResult",
+    "CallError",
     "CircularDependencyError",
     "Client",
     "ConfigurationError",
@@ -69,6 +74,7 @@ __all__ = [
     "InjectionError",
     "Inspector",
     "InvalidMessageError",
+    "LiveClient",
     "LocalTransport",
     "Middleware",
     "MiddlewareError",
@@ -92,7 +98,10 @@ __all__ = [
     "SocketClosedError",
     "SocketData",
     "SocketNotFoundError",
+    "SubscribeRequest",
+    "Subscription",
     "TokenAuth",
+    "TokenExpired",
     "Transport",
     "TransportError",
     "Ulak",
@@ -104,5 +113,6 @@ __all__ = [
     "WebSocketOptions",
     "__version__",
     "connect",
+    "on",
     "ulak",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "ServerStateError",
     "SocketClosedError",
     "SocketNotFoundError",
+    "TokenExpired",
     "TransportError",
     "UlakError",
     "UlakErrorCode",
@@ -49,10 +50,15 @@ class BackpressureError(AsenaError):
 
 
 class CallError(AsenaError):
-    """A `LiveClient` did not get what it asked for. Carries ``code`` (int), ``message`` (str), ``temporary`` (bool).
+    """A `LiveClient` did not get what it asked for; or is not to get it, where a handler raises this.
+
+    Carries ``code`` (int), ``message`` (str), ``temporary`` (bool).
 
     Codes from 100 on are the server's (103: permission denied). Below that they are the client's: 1 timeout, 3
     disconnected, 7 unsubscribed, 10 not sent, 11 the connection was closed before the answer came.
+
+    What a handler raises with a code from 100 on is the answer to a Centrifuge client's call; the connection stays, and
+    ``on_error`` does not run. Codes of your own begin at 400.
     """
 
     def __init__(self, code: int, message: str, *, temporary: bool = False) -> None:
@@ -131,6 +137,13 @@ class SocketClosedError(AsenaError, RuntimeError):
 
 class SocketNotFoundError(AsenaError, LookupError):
     """No connected socket has this id, or several ids begin with it."""
+
+
+class TokenExpired(AsenaError):
+    """To be raised in middleware, or by what verifies a token: the client may come back with a new one.
+
+    It is answered with 401; a Centrifuge client, told with code 109, gets itself another token and connects again.
+    """
 
 
 class NamespaceNotFoundError(AsenaError, LookupError):

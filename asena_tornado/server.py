@@ -26,7 +26,7 @@ from tornado.web import Application
 from .client.plain import Client, connect
 from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
-from .errors import ConfigurationError, PortInUseError, ServerStateError, must_propagate
+from .errors import ConfigurationError, NamespaceNotFoundError, PortInUseError, ServerStateError, must_propagate
 from .hosting import (
     AFTER_CANCEL,
     LoopDoor,
@@ -54,7 +54,7 @@ from .hosting import (
     waking,
 )
 from .inspector import Desk, Inspector, Subject, View, page_routes
-from .site import PATIENCE, STOP_TIMEOUT, Site
+from .site import CENTRIFUGE_SUFFIX, PATIENCE, STOP_TIMEOUT, Site
 from .takeover import Leftovers, retire, take_over
 from .transports import Transport
 from .ulak.broker import Ulak
@@ -290,9 +290,34 @@ class AsenaServer:
         """
         return self._address_of(path, self._reach().base)
 
+    def client_url(self, path: str) -> str:
+        """Return where Centrifuge clients connect to a namespace: the SDKs, ``asena.js``, `LiveClient`.
+
+            client = LiveClient(server.client_url("/chat"))
+
+        Args:
+            path: The path of the namespace; a query string may follow.
+
+        Raises:
+            NamespaceNotFoundError: There is no such namespace.
+            ConfigurationError: It is for plain clients only.
+            ServerStateError: The port is not known yet.
+        """
+        bare, question, query = path.partition("?")
+        normal = normalize_path(bare)
+        self._site.build()
+        if normal not in self._site.namespaces:
+            known = ", ".join(self._site.namespaces) or "none"
+            raise NamespaceNotFoundError(f"there is no namespace {normal!r} (known: {known})")
+        if not self._site.speaks_centrifuge(normal):
+            raise ConfigurationError(
+                f'{normal!r} is for plain clients only: @WebSocket({normal!r}, protocols=("plain", "centrifuge"))'
+            )
+        return self.url(normal + CENTRIFUGE_SUFFIX + question + query)
+
     def _address_of(self, path: str, base: str) -> str:
         path = path if path.startswith("/") else f"/{path}"
-        if path.partition("?")[0] in self._site.paths:
+        if path.partition("?")[0] in self._site.websocket_paths:
             base = base.replace("http", "ws", 1)
         return base + path
 
@@ -495,7 +520,7 @@ class AsenaServer:
         site = self._site
         site.build()
         hosts = self._hosts
-        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path), hosts) for path in site.namespaces]
+        routes: list[Any] = [websocket_routes(path, self._find_endpoint(path), hosts) for path in site.websocket_paths]
         if self._inspector_path is not None:
             view = View(self._desk, read_only=self._inspector_read_only)
             routes += page_routes(self._inspector_path, view, hosts)

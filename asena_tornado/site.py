@@ -24,6 +24,7 @@ from .websocket.door import serving
 from .websocket.namespace import Namespace
 from .websocket.options import WebSocketOptions
 from .websocket.service import AsenaWebSocketService, bind, hooks_of, spec_of
+from .websocket.sockets import ProtocolName
 
 log = logging.getLogger("asena_tornado")
 
@@ -31,6 +32,7 @@ log = logging.getLogger("asena_tornado")
 PATIENCE = 1.0
 STOP_TIMEOUT = 10.0  # seconds
 _LAST_CHANCE = 0.5  # seconds for what is cancelled, when the time is over
+CENTRIFUGE_SUFFIX = "/connection/websocket"  # of a namespace's path: Centrifugo's customary one
 _CLOSE_BATCH = 500  # sockets told to go per turn of the loop, so that others are served in between
 
 
@@ -69,6 +71,7 @@ class Site:
         self.on_gap = on_gap
         self.controllers = self._no_controllers()
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
+        self._protocols: dict[str, tuple[ProtocolName, ...]] = {}  # likewise
         self._door: LoopDoor | None = None
         self.outbox: Outbox | None = None
 
@@ -87,6 +90,7 @@ class Site:
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
                 namespace = Namespace(spec.path, hooks_of(instance), options=spec.options or self._options)
                 namespaces[spec.path] = namespace
+                self._protocols[spec.path] = spec.protocols
                 if instance._namespace is None:
                     bind(instance, namespace)
                 if spec.middlewares:
@@ -98,6 +102,13 @@ class Site:
             if controllers.has(path):
                 raise ConfigurationError(
                     f"{path!r} is the path of a namespace and of a controller: give one of them another path"
+                )
+            if (parent := path.removesuffix(CENTRIFUGE_SUFFIX)) != path and "centrifuge" in self._protocols.get(
+                parent, ()
+            ):
+                raise ConfigurationError(
+                    f"Centrifuge clients of {parent!r} connect at {path!r}, which is another namespace: give that "
+                    f'another path, or {parent!r} protocols=("plain",)'
                 )
         self.namespaces, self.controllers = namespaces, controllers
         self.paths = tuple(namespaces)
@@ -139,13 +150,19 @@ class Site:
         self.endpoints = {}
         for path, namespace in self.namespaces.items():
             namespace.open(door, self.outbox)
-            self.endpoints[path] = Endpoint(
-                door.loop,
-                namespace,
-                outbox=self.outbox,
-                origins=self._origins,
-                middleware=self._middleware.get(path),
-            )
+            for protocol in self._protocols[path]:
+                endpoint = Endpoint(
+                    door.loop,
+                    namespace,
+                    outbox=self.outbox,
+                    origins=self._origins,
+                    middleware=self._middleware.get(path),
+                    protocol=protocol,
+                )
+                if protocol == "plain" or len(self._protocols[path]) == 1:
+                    self.endpoints[path] = endpoint
+                if protocol == "centrifuge":
+                    self.endpoints[path + CENTRIFUGE_SUFFIX] = endpoint
         self.ulak.open(door, self.namespaces.values())
 
     async def start(self) -> None:
@@ -168,6 +185,16 @@ class Site:
         if cluster is not None:
             await cluster.stop()
             cluster.serve({})
+
+    @property
+    def websocket_paths(self) -> tuple[str, ...]:
+        """Where clients can connect, by either protocol."""
+        more = [path + CENTRIFUGE_SUFFIX for path in self.paths if self.speaks_centrifuge(path)]
+        return (*self.paths, *more)
+
+    def speaks_centrifuge(self, path: str) -> bool:
+        """Whether Centrifuge clients can connect to the namespace. Before `build`: as far as is known."""
+        return "centrifuge" in self._protocols.get(path, ())
 
     def refuse_handshakes(self) -> None:
         """From here on new clients are told that the server stops."""

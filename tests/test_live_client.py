@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from asena_tornado import EncodeError, ServerStateError
+from asena_tornado import CallError, EncodeError, ServerStateError
 from asena_tornado.client.live import Call, LiveClient, LiveEvent, LiveSubscription
-from asena_tornado.errors import CallError
 from tests.scripted import Refusal, ScriptedServer
 from tests.scripts import SCRIPTS, Client, run
 

@@ -287,3 +287,33 @@ def test_any_other_frame_is_an_invalid_message(annotation: Any, data: str | byte
 def test_what_pydantic_cannot_parse_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError, match="on_message cannot parse messages as Iterator"):
         Decoder(type("Iterator", (), {}))
+
+
+# -- as pushes of the Centrifuge protocol
+
+
+@pytest.mark.parametrize(
+    ("data", "json_text"),
+    [
+        ("hi", '"hi"'),
+        ('{"a":1}', '"{\\"a\\":1}"'),
+        ("ü\n\u2028", '"ü\\n\u2028"'),
+        ({"a": [1, None]}, '{"a":[1,null]}'),
+        (b"\x00\xff", '{"base64":"AP8="}'),
+        (bytearray(b""), '{"base64":""}'),
+        (None, "null"),
+    ],
+)
+def test_a_push_has_text_as_a_string_json_as_it_is_and_bytes_as_base64(data, json_text):
+    message = encode(data)
+    assert message.json.decode() == json_text
+    assert message.push(None).payload.decode() == f'{{"push":{{"message":{{"data":{json_text}}}}}}}'
+    assert message.push("news").payload.decode() == f'{{"push":{{"channel":"news","pub":{{"data":{json_text}}}}}}}'
+    assert message.push("news") is message.push("news")
+
+
+def test_a_push_names_whatever_room_there_is():
+    for room in ('"\\\n', "ü", "\ud800", "\0"):
+        payload = encode(1).push(room).payload
+        assert b"\n" not in payload
+        assert json.loads(payload)["push"]["channel"] == room

@@ -451,18 +451,16 @@ class _Reader:
 
 
 class LiveClient(_Live):
-    """A client that comes back, asks and resumes, for servers that speak the Centrifuge protocol, as Centrifugo does.
+    """A client that comes back, asks and resumes; it speaks the Centrifuge protocol.
 
-    `AsenaServer` does not speak it yet, which is why this is not among the names of the package itself.
-
-        async with LiveClient("wss://example.com/connection/websocket", token="…") as client:
+        async with LiveClient(server.client_url("/chat"), token="…") as client:
             print(await client.rpc("bid", {"amount": 5}))
 
     It lives on a thread of its own, so it also comes back while a cell computes, and it may be used from any loop and
     any thread; without a loop, ``with`` it, and wait for the ``result()`` of its calls.
 
     Args:
-        url: where this protocol is spoken, such as ``ws://host/connection/websocket``.
+        url: of a namespace for this protocol, such as ``ws://host/chat/connection/websocket``.
         token: tells the server who this is.
         get_token: gives a new token when there is none, or when it has expired; may be async. None: nobody may connect.
         data: what the service gets as ``context.connect_data``.

@@ -267,7 +267,7 @@ class Cluster:
         copy = 0
         if len(channels) > 1:
             copy = self._copies = self._copies + 1
-        header = message_header(path, rooms, excluded, message.opcode)
+        header = message_header(path, rooms, excluded, message.opcode, message.is_json)
         taken = not self._foreign
         for channel in channels:
             numbers = self._outgoing.next(channel)
@@ -368,7 +368,7 @@ class Cluster:
             rooms and (channel == f"{path}#{rooms[0]}" or any(channel == channel_of(path, room) for room in rooms[1:]))
         ):
             raise EnvelopeError(f"it says that it is for {path!r}, {rooms}")
-        message = message_of(header.opcode, envelope.body)
+        message = message_of(header.opcode, envelope.body, header.is_json)
         missed = self._incoming.arrived(channel, envelope.node, envelope.epoch, envelope.sequence)
         if missed:
             if missed == UNWANTED:
@@ -750,7 +750,9 @@ class Cluster:
 
     async def send(self, path: str | None, socket_id: str, message: Message, *, timeout: float = 2.0) -> bool | None:
         """Send to a socket wherever it is: whether it was taken, or None when nobody has it."""
-        return await self._remote.act("send", path, socket_id, timeout, message.payload, opcode=message.opcode)
+        return await self._remote.act(
+            "send", path, socket_id, timeout, message.payload, opcode=message.opcode, is_json=message.is_json
+        )
 
     async def move(
         self, path: str | None, socket_id: str, room: str, *, into: bool, timeout: float = 2.0

@@ -89,6 +89,7 @@ class MessageHeader(_Header):
     rooms: tuple[Name, ...] | None
     excluded: tuple[str, ...] = ()
     opcode: Literal[0x1, 0x2]
+    is_json: bool = False  # the text is JSON (see `Message.is_json`); nodes of older releases do not say
 
 
 class Departed(_Header):
@@ -134,6 +135,7 @@ class Request(_Header):
     code: int = 1000
     reason: str = ""
     opcode: Literal[0x1, 0x2] = 0x1
+    is_json: bool = False  # as in `MessageHeader`
     limit: int = 0
 
 
@@ -203,20 +205,23 @@ def _check_version(payload: bytes) -> None:
         raise VersionError(payload[_NODE], version)
 
 
-def message_header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:
+def message_header(
+    path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool = False
+) -> bytes:
     """`MessageHeader` as JSON; most messages have the same as one before."""
     if excluded or (rooms is not None and len(rooms) > 1):
-        return _header(path, rooms, excluded, opcode)
-    return _cached_header(path, rooms, opcode)
+        return _header(path, rooms, excluded, opcode, is_json)
+    return _cached_header(path, rooms, opcode, is_json)
 
 
-def _header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int) -> bytes:
-    return to_json({"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode})
+def _header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool) -> bytes:
+    header = {"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode}
+    return to_json({**header, "is_json": True} if is_json else header)
 
 
 @lru_cache(maxsize=1024)
-def _cached_header(path: str, rooms: tuple[str, ...] | None, opcode: int) -> bytes:
-    return _header(path, rooms, (), opcode)
+def _cached_header(path: str, rooms: tuple[str, ...] | None, opcode: int, is_json: bool) -> bytes:
+    return _header(path, rooms, (), opcode, is_json)
 
 
 def parse_message_header(header: bytes) -> MessageHeader:
@@ -239,14 +244,14 @@ def parse(model: type[M], header: bytes) -> M:
         raise EnvelopeError(f"invalid {model.__name__}: {found}") from None
 
 
-def message_of(opcode: int, body: bytes) -> Message:
+def message_of(opcode: int, body: bytes, is_json: bool = False) -> Message:
     """The message for local sockets. Text that is not UTF-8 would make every client close its connection."""
     if opcode != BINARY:
         try:
             str(body, "utf-8")
         except UnicodeDecodeError as error:
             raise EnvelopeError(f"text is not UTF-8: {error}") from None
-    return Message(opcode, body)
+    return Message(opcode, body, is_json=is_json and opcode != BINARY)
 
 
 __all__ = [

@@ -277,7 +277,7 @@ class Remote:
         namespace = socket._namespace
         error = ""
         if request.operation == "send":
-            if not namespace.send_to(socket, message_of(request.opcode, body)):
+            if not namespace.send_to(socket, message_of(request.opcode, body, request.is_json)):
                 error = "not taken"
         elif request.operation == "join":
             if not request.room:

@@ -8,12 +8,12 @@ import logging
 import struct
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from ..websocket.messages import BINARY, TEXT, Message, frame
 from ..websocket.namespace import Namespace
 from ..websocket.options import WebSocketOptions
-from ..websocket.sockets import ReadyState, Socket
+from ..websocket.sockets import ProtocolName, ReadyState, Socket
 from .channel import Channel
 from .deflate import INFLATED_AT_ONCE, Deflate, InflationQueue
 from .dispatch import Dispatch
@@ -55,6 +55,7 @@ class Connection:
         "bytes_out",
         "channel",
         "code",
+        "coded",
         "connected_at",
         "deflate",
         "dropped",
@@ -66,11 +67,15 @@ class Connection:
         "peer_is_gone",
         "ping_sent_at",
         "pinged_at",
+        "pushed",
         "reason",
         "round_trip_time",
         "socket",
         "state",
+        "tell_room",
     )
+
+    protocol: ClassVar[ProtocolName] = "plain"
 
     def __init__(
         self,
@@ -95,7 +100,11 @@ class Connection:
         self._keepalive = keepalive
         self._inflation = inflation
         self.deflate = deflate
-        self._dispatch = Dispatch(loop, self, namespace=namespace, options=options, keepalive=keepalive)
+        # Whether it gets other bytes than a message's own frame; whether those are pushes.
+        self.coded = deflate is not None
+        self.pushed = False
+        self.tell_room: Callable[[str, bool], None] | None = None
+        self._dispatch = self._new_dispatch()
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)
         self._limit = options.max_buffered_bytes
         self.state = ReadyState.OPEN
@@ -116,6 +125,9 @@ class Connection:
         self.round_trip_time: float | None = None
         self.connected_at = self.heard_at = self.pinged_at = loop.time()
         self.ping_sent_at: float | None = None
+
+    def _new_dispatch(self) -> Dispatch:
+        return Dispatch(self._loop, self, namespace=self._namespace, options=self._options, keepalive=self._keepalive)
 
     def start(self, received: bytes) -> None:
         """Admit the socket, run ``on_open``, and read; ``received`` is what came along with the handshake."""
@@ -210,14 +222,7 @@ class Connection:
         """Queue the message for the client; False if it was not taken."""
         if self.state is not ReadyState.OPEN:
             return False
-        deflate = self.deflate
-        if deflate is None:
-            data = message.frame
-        else:
-            if deflate.shared is None:
-                # What was published before has to go through the same window before.
-                self._outbox.settle(self.socket)
-            data = deflate.frame(message)
+        data = self._coded(message) if self.coded else message.frame
         waiting = self.channel.waiting
         if waiting and (self._overflowing or waiting + self.owed_size + len(data) > self._limit):
             self._overflow(1)
@@ -226,6 +231,18 @@ class Connection:
             self._events.sent(self.socket.id, (), message, 1)
         self._outbox.send(self, data)
         return True
+
+    def _coded(self, message: Message) -> bytes:
+        """The frame for a connection that does not get the message's own."""
+        if self.pushed:
+            message = message.push(None)
+        deflate = self.deflate
+        if deflate is None:
+            return message.frame
+        if deflate.shared is None:
+            # What was published before has to go through the same window before.
+            self._outbox.settle(self.socket)
+        return deflate.frame(message)
 
     def write(self, data: bytes, count: int) -> bool:
         """Hand joined frames (``count`` messages) to the channel, as far as the limit allows. True if all fitted."""

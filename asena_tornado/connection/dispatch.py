@@ -52,6 +52,29 @@ class Source(Protocol):
         ...
 
 
+class Handling(Protocol):
+    """Whose ``hooks`` are asked what a message is, and get it: the namespace, or a protocol's session."""
+
+    @property
+    def hooks(self) -> Handlers:
+        """The hooks there are now."""
+        ...
+
+
+class Handlers(Protocol):
+    """As far as messages are concerned, what `websocket.hooks.Hooks` are."""
+
+    @property
+    def message(self) -> Callable[..., Any]:
+        """Takes the socket and what `decode` makes of a message."""
+        ...
+
+    @property
+    def decode(self) -> Callable[[str | bytes], Any]:
+        """Makes of a message what `message` takes."""
+        ...
+
+
 class Dispatch:
     """Runs the hooks for one connection: ``on_open``, then each message in order, then ``on_close``."""
 
@@ -61,6 +84,7 @@ class Dispatch:
         "_context",
         "_done",
         "_full",
+        "_handling",
         "_inbox",
         "_keepalive",
         "_loop",
@@ -89,6 +113,7 @@ class Dispatch:
         self._loop = loop
         self._source = source
         self._namespace = namespace
+        self._handling: Handling = namespace
         self._options = options
         self._keepalive = keepalive
         self._inbox: deque[str | bytes] = deque()
@@ -243,13 +268,18 @@ class Dispatch:
             self._task = None
             self._source.handled()
 
+    async def _greet(self) -> None:
+        """What comes before the first message: ``on_open``."""
+        hook = self._namespace.hooks.open
+        if hook is not None:
+            await self._run(hook, self._source.socket)
+
     async def _serve_messages(self) -> None:
         source = self._source
         socket = source.socket
-        namespace = self._namespace
+        handling = self._handling
         inbox = self._inbox
-        if namespace.hooks.open is not None:
-            await self._run(namespace.hooks.open, socket)
+        await self._greet()
         while True:
             while inbox or self._full:
                 if not inbox:
@@ -262,14 +292,14 @@ class Dispatch:
                     continue
                 data = inbox.popleft()
                 self.size -= len(data)
-                hooks = namespace.hooks
+                hooks = handling.hooks
                 try:
                     result = hooks.message(socket, hooks.decode(data))
                     if result is not None and isawaitable(result):
                         await result
                 except InvalidMessageError as error:
                     self._note(error)
-                    await self._run(hooks.invalid, socket, error)
+                    await self._run(self._namespace.hooks.invalid, socket, error)
                 except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
                     await self._handler_failed(error)
             if self._done is not None and source.state is ReadyState.OPEN:

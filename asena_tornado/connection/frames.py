@@ -144,6 +144,10 @@ class FrameParser:
         """Bytes that are kept here: those of an unfinished message, and those that are not parsed yet."""
         return self._size + len(self._rest)
 
+    def limit(self, max_message_size: int) -> None:
+        """Take messages of so many bytes from here on."""
+        self._max_size = max_message_size
+
     def hold(self) -> None:
         """Leave data frames unparsed from here on."""
         self._held = True

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -25,7 +26,8 @@ from ..web.origins import Hosts, Origins
 from ..websocket.messages import validation_errors
 from ..websocket.namespace import Namespace
 from ..websocket.options import WebSocketOptions
-from ..websocket.sockets import Socket, SocketData
+from ..websocket.sockets import ProtocolName, Socket, SocketData
+from .centrifuge import CentrifugeConnection
 from .channel import Channel, SocketChannel, StreamChannel, TlsChannel
 from .connection import Connection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
@@ -49,15 +51,20 @@ class Endpoint:
         outbox: Outbox,
         origins: Origins,
         middleware: Chain | None = None,
+        protocol: ProtocolName = "plain",
     ) -> None:
+        """``middleware`` runs before the upgrade, or, for the Centrifuge protocol, when the client connects."""
         self.loop = loop
         self.namespace = namespace
         self.options: WebSocketOptions = namespace.options
         self.outbox = outbox
         self.origins = origins
-        self.middleware = middleware
+        self.protocol = protocol
+        self.middleware = middleware if protocol == "plain" else None
+        self.connect_middleware = None if protocol == "plain" else middleware
         self.keepalive = Keepalive(loop, namespace.options, outbox.ledger)
         self.inflation = InflationQueue(loop)
+        self.successor: Endpoint | None = None  # since other code serves the namespace
         self.closing = False  # no more handshakes are taken
 
 
@@ -82,13 +89,32 @@ class Handshake:
 
     async def ask_middleware(self) -> None:
         """Run the middleware before the upgrade. Raises `Answered` with the response when it refuses."""
+        if self._endpoint.middleware is not None:
+            context = Context(self._request, query=self._query)
+            await self._ask(self._endpoint.middleware, context, (self._query, True))
+
+    async def ask_at_connect(self, context: Context, data: Any) -> Any:
+        """For the Centrifuge protocol, whose client has been upgraded and connects now, with ``data``.
+
+        Runs the middleware, and returns what becomes ``ws.data.values``. Raises `Answered`.
+        """
+        while self._endpoint.successor is not None:
+            self._endpoint = self._endpoint.successor
         endpoint = self._endpoint
-        if endpoint.middleware is None:
-            return
-        context = Context(self._request, query=self._query)
+        self._check_room()
+        given = (self._query, True) if data is None else (data, True)
+        self._values = given
+        if endpoint.connect_middleware is not None:
+            await self._ask(endpoint.connect_middleware, context, given)
+            self._check_room()
+        values, from_client = self._values
+        return self._validated(values, from_client=from_client, from_query=from_client and data is None)
+
+    async def _ask(self, middleware: Chain, context: Context, default: tuple[Any, bool]) -> None:
+        endpoint = self._endpoint
         try:
             async with asyncio.timeout(endpoint.options.handshake_timeout) as self._limit:
-                response = await endpoint.middleware.run(context, _admit, endpoint.namespace.door)
+                response = await middleware.run(context, _admit, endpoint.namespace.door)
         except TimeoutError:
             why = "the server is stopping or restarting" if self._hurried else "the handshake took too long"
             raise Refusal(503, why, headers={"Retry-After": 1}) from None
@@ -96,7 +122,7 @@ class Handshake:
             self._limit = None
         if response is not None:
             raise Answered(response)
-        self._values = context.websocket_value(self._query)
+        self._values = context.websocket_value(default[0])
 
     def hurry(self) -> None:
         """Give middleware no more time: answer with 503 unless it has decided."""
@@ -108,11 +134,23 @@ class Handshake:
         """The last checks. Raises `Refusal`; afterwards `upgrade` fails only for a client that is gone."""
         namespace = self._endpoint.namespace
         values, from_query = self._values
+        if self._endpoint.protocol == "plain":
+            values = self._validated(values, from_client=from_query, from_query=from_query)
+        else:
+            values = None  # until it connects
+        # Others may have connected while middleware was waiting.
+        self._check_capacity()
+        data = SocketData(str(UUID(bytes=random_bytes(16), version=4)), namespace.path, self._query, values)
+        self._client = Socket(namespace, data, str(self._request.remote_ip))
+
+    def _validated(self, values: Any, *, from_client: bool, from_query: bool) -> Any:
+        """The values as the service's type. Raises `Refusal`."""
+        namespace = self._endpoint.namespace
         try:
-            values = namespace.hooks.values(values, from_query=from_query)
+            return namespace.hooks.values(values, from_query=from_query)
         except ValidationError as invalid:
             errors = validation_errors(invalid)
-            if from_query:
+            if from_client:
                 raise Refusal(400, f"invalid data for {namespace.path}", errors=errors) from None
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the value'}: {e['msg']}" for e in errors[:_LOGGED])
             log.error(
@@ -127,10 +165,20 @@ class Handshake:
                 raise
             log.exception("%s: the values of a client could not be validated", namespace.path)
             raise Refusal(500, "internal error") from None
-        # Others may have connected while middleware was waiting.
-        self._check_capacity()
-        data = SocketData(str(UUID(bytes=random_bytes(16), version=4)), namespace.path, self._query, values)
-        self._client = Socket(namespace, data, str(self._request.remote_ip))
+
+    @property
+    def query(self) -> dict[str, str | list[str]]:
+        """The query string."""
+        return self._query
+
+    @property
+    def request(self) -> HTTPServerRequest:
+        """The request."""
+        return self._request
+
+    def refused(self, response: Response) -> None:
+        """Note that the client is refused after the upgrade."""
+        refused(self._endpoint, self._request, response)
 
     def upgrade(self, stream: IOStream) -> None:
         """Answer 101 and let a `Connection` take the stream over, unless the client is gone."""
@@ -170,7 +218,8 @@ class Handshake:
                 memory_level=options.compression_memory_level,
                 threshold=options.compression_threshold,
             )
-        connection = client._connection = Connection(
+        kind = Connection if endpoint.protocol == "plain" else partial(CentrifugeConnection, handshake=self)
+        connection = client._connection = kind(
             endpoint.loop,
             client,
             channel,
@@ -214,11 +263,13 @@ class Handshake:
         endpoint = self._endpoint
         if endpoint.closing:
             raise Refusal(503, "the server is stopping", headers={"Retry-After": "1"})
-        limit = endpoint.options.max_sockets
-        if limit is not None and len(endpoint.namespace.sockets) >= limit:
-            raise Refusal(
-                503, f"{endpoint.namespace.path} has as many sockets as it may have", headers={"Retry-After": "5"}
-            )
+        self._check_room(endpoint.namespace.expected)
+
+    def _check_room(self, expected: int = 0) -> None:
+        """``expected``: clients that are not among the sockets yet."""
+        namespace, limit = self._endpoint.namespace, self._endpoint.options.max_sockets
+        if limit is not None and len(namespace.sockets) + expected >= limit:
+            raise Refusal(503, f"{namespace.path} has as many sockets as it may have", headers={"Retry-After": "5"})
 
     def _negotiate(self) -> DeflateParameters | None:
         options = self._endpoint.options

@@ -30,6 +30,8 @@ class Debtor(Protocol):
     socket: Socket
     channel: Channel
     deflate: Deflate | None
+    coded: bool  # it gets other bytes than messages' own frames: compressed ones, or pushes
+    pushed: bool  # the messages as pushes, for the Centrifuge protocol
     owed: list[bytes] | None
     owed_counts: list[int]
     owed_size: int
@@ -46,12 +48,16 @@ class Debtor(Protocol):
 
 
 class Batch:
-    """Consecutive messages to the same members. ``excluded`` maps a socket to the positions it does not get."""
+    """Consecutive messages to the same members: those of ``rooms``, or (None) everybody.
 
-    __slots__ = ("excluded", "members", "messages", "size")
+    ``excluded`` maps a socket to the positions it does not get.
+    """
 
-    def __init__(self, members: Mapping[Socket, None]) -> None:
+    __slots__ = ("excluded", "members", "messages", "rooms", "size")
+
+    def __init__(self, members: Mapping[Socket, None], rooms: tuple[str, ...] | None) -> None:
         self.members = members
+        self.rooms = rooms
         self.messages: list[Message] = []
         self.excluded: dict[Socket, list[int]] = {}
         self.size = 0
@@ -60,18 +66,25 @@ class Batch:
         self, connection: Debtor, skipped: list[int] | None, made: dict[object, tuple[bytes, list[int]]]
     ) -> bytes:
         """The bytes that one member is owed. ``made`` keeps what other members with the same encoding can share."""
-        deflate = connection.deflate
-        if deflate is None:
-            key: object = None
-        elif deflate.shared is not None:
-            key = deflate.shared
-        else:
+        deflate, messages = connection.deflate, self.messages
+        key: object = None if deflate is None else deflate.shared
+        room = None
+        if connection.pushed:
+            room = self._room_of(connection.socket)
+            key = (key, room)
+        if deflate is not None and deflate.shared is None:
             return b"".join(
-                [deflate.frame(m) for i, m in enumerate(self.messages) if skipped is None or i not in skipped]
+                [
+                    deflate.frame(m.push(room) if connection.pushed else m)
+                    for i, m in enumerate(messages)
+                    if skipped is None or i not in skipped
+                ]
             )
         shared = made.get(key)
         if shared is None:
-            frames = [m.frame if deflate is None else deflate.frame(m) for m in self.messages]
+            if connection.pushed:
+                messages = [m.push(room) for m in messages]
+            frames = [m.frame if deflate is None else deflate.frame(m) for m in messages]
             whole = frames[0] if len(frames) == 1 else b"".join(frames)
             # Where each frame ends: in a chat every member skips something else.
             shared = made[key] = (whole, [*accumulate(map(len, frames))] if self.excluded else [])
@@ -86,6 +99,16 @@ class Batch:
             start = ends[i]
         parts.append(view[start:])
         return b"".join(parts)
+
+    def _room_of(self, socket: Socket) -> str | None:
+        """The first of the rooms that the socket is in: it gets one publication."""
+        if self.rooms is None:
+            return None
+        if len(self.rooms) > 1:
+            for room in self.rooms:
+                if socket.is_subscribed(room):
+                    return room
+        return self.rooms[0]
 
 
 class Outbox:
@@ -106,14 +129,21 @@ class Outbox:
         self.reader.close()
 
     def publish(
-        self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
+        self,
+        members: Mapping[Socket, None],
+        message: Message,
+        excluded: frozenset[Socket] | None = None,
+        rooms: tuple[str, ...] | None = None,
     ) -> None:
-        """Owe the message to all members but the excluded. ``members`` may be live: see `seal`."""
+        """Owe the message to all members of the rooms (None: everybody) but the excluded.
+
+        ``members`` may be live: see `seal`.
+        """
         batch = self._open
         if batch is None or batch.members is not members:
             if batch is not None:
                 self._deal(batch)
-            batch = self._open = Batch(members)
+            batch = self._open = Batch(members, rooms)
         if excluded:
             position = len(batch.messages)
             for socket in excluded:
@@ -180,7 +210,7 @@ class Outbox:
                 skipped = excluded[socket]
                 if len(skipped) < count:
                     self._owe(connection, batch.share(connection, skipped, made), count - len(skipped))
-            elif connection.deflate is not None:
+            elif connection.coded:
                 self._owe(connection, batch.share(connection, None, made), count)
             else:
                 if plain is None:
@@ -207,8 +237,10 @@ class Outbox:
         made: dict[object, tuple[bytes, list[int]]] = {}
         count = len(batch.messages)
         excluded = batch.excluded
-        plain: bytes | None = None
-        size = batch.size
+        plain = pushed = b""
+        plain_size, pushed_size = batch.size, 0
+        # Several rooms: what a member gets as a push depends on which of them it is in.
+        several = batch.rooms is not None and len(batch.rooms) > 1
         for socket in batch.members:
             connection: Debtor = socket._connection  # type: ignore[assignment]  # a `Connection` is more than a `Wire`
             if excluded and socket in excluded:
@@ -216,24 +248,31 @@ class Outbox:
                 if len(skipped) < count:
                     self._write(connection, batch.share(connection, skipped, made), count - len(skipped))
                 continue
-            if connection.deflate is not None:
-                self._write(connection, batch.share(connection, None, made), count)
-                continue
-            if plain is None:
-                plain = batch.share(connection, None, made)
+            if connection.coded:
+                if several or connection.deflate is not None:
+                    self._write(connection, batch.share(connection, None, made), count)
+                    continue
+                if not pushed:
+                    pushed = batch.share(connection, None, made)
+                    pushed_size = len(pushed)
+                data, size = pushed, pushed_size
+            else:
+                if not plain:
+                    plain = batch.share(connection, None, made)
+                data, size = plain, plain_size
             channel = connection.channel
             send = channel.send
             if send is None or connection.owed is not None:
-                self._write(connection, plain, count)
+                self._write(connection, data, count)
                 continue
             # What `Connection.write` does, without the calls: this is where a broadcast spends its time.
             try:
-                sent = send(plain)
+                sent = send(data)
             except OSError as error:
-                channel.sent(plain, 0, error)
+                channel.sent(data, 0, error)
             else:
                 if sent != size:
-                    channel.sent(plain, sent)
+                    channel.sent(data, sent)
             connection.messages_out += count
             connection.bytes_out += size
 

@@ -39,6 +39,7 @@ class Component:
 
 
 _HOOKS = ("on_start", "on_stop")
+_MARKS = ("__asena_routes__", "__asena_on__")  # of methods that decorators have found a use for
 
 
 def component(
@@ -98,7 +99,11 @@ def _warn_of_near_misses(cls: type[Any], hooks: Sequence[str]) -> None:
             continue
         near = min(hooks, key=lambda hook: _distance(name.lower(), hook))
         # A method that the class calls itself is not meant as a hook: the server calls those.
-        if _distance(name.lower(), near) <= 2 and not _calls(cls, name) and not hasattr(method, "__asena_routes__"):
+        if (
+            _distance(name.lower(), near) <= 2
+            and not _calls(cls, name)
+            and not any(map(method.__dict__.__contains__, _MARKS))
+        ):
             warnings.warn(
                 f"{cls.__name__}.{name} is never called by the server: did you mean {near}? "
                 "(If it is a method of your own, give it another name, or one that begins with _)",

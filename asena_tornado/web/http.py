@@ -6,16 +6,17 @@ import asyncio
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping
 from http.client import responses as phrases
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 from pydantic_core import from_json, to_json
-from tornado.httputil import HTTPHeaders, HTTPServerRequest
+from tornado.httputil import HTTPHeaders, HTTPInputError, HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler
 
-from ..errors import bounded, text_of
+from ..errors import TokenExpired, bounded, text_of
 from ..websocket.messages import Invalid, Validator, encode
 
 log = logging.getLogger("asena_tornado")
@@ -34,7 +35,7 @@ class Response:
         headers: The headers. Middleware may add to them: ``response.headers["X-Id"] = "1"``.
     """
 
-    __slots__ = ("body", "headers", "status")
+    __slots__ = ("body", "expired", "headers", "status")
 
     def __init__(
         self, status: int, body: bytes, headers: Mapping[str, object] | None = None, *, content_type: str | None = None
@@ -45,6 +46,7 @@ class Response:
             raise ValueError(f"a response with status {status} must not have a body")
         self.status = status
         self.body = body
+        self.expired = False  # it refuses a token that was valid: another may be had
         self.headers = HTTPHeaders()
         for name, value in (headers or {}).items():
             self.headers.add(name, str(value))
@@ -90,9 +92,10 @@ class Context:
         req: Tornado's ``HTTPServerRequest``.
         params: The parameters of a controller's path, by their names.
         state: A dict that middleware and handler share.
+        connect_data: What a Centrifuge client connects with as its ``data``, as plain JSON data; None elsewhere.
     """
 
-    __slots__ = ("_query", "_websocket_value", "params", "req", "state")
+    __slots__ = ("_headers", "_query", "_token", "_websocket_value", "connect_data", "params", "req", "state")
 
     def __init__(
         self,
@@ -100,8 +103,15 @@ class Context:
         *,
         query: dict[str, str | list[str]] | None = None,
         params: Mapping[str, str] | None = None,
+        token: str | None = None,
+        connect_data: Any = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> None:
+        """``token``, ``connect_data``, ``more_headers``: what a Centrifuge client connects with."""
         self.req = request
+        self.connect_data = connect_data
+        self._token = token
+        self._headers = _with(request.headers, more_headers) if more_headers else None
         self.params: Mapping[str, str] = params or {}
         self.state: dict[str, Any] = {}
         self._query = query
@@ -109,8 +119,12 @@ class Context:
 
     @property
     def headers(self) -> HTTPHeaders:
-        """The request's headers; upper and lower case in their names are the same."""
-        return self.req.headers
+        """The request's headers; upper and lower case in their names are the same.
+
+        A Centrifuge client, which cannot set any in a browser, can give some as it connects. They do not replace real
+        ones, and ``Cookie``, ``Host``, ``Origin`` and those of proxies are never taken from there.
+        """
+        return self.req.headers if self._headers is None else self._headers
 
     @property
     def query(self) -> Mapping[str, str | list[str]]:
@@ -121,7 +135,12 @@ class Context:
 
     @property
     def bearer_token(self) -> str | None:
-        """The token of ``Authorization: Bearer …`` (RFC 6750 §2.1), or None."""
+        """The token that a Centrifuge client connects with, else that of ``Authorization: Bearer …`` (RFC 6750 §2.1).
+
+        None if there is neither.
+        """
+        if self._token is not None:
+            return self._token
         scheme, _, token = self.headers.get("Authorization", "").strip().partition(" ")
         return token.strip() or None if scheme.lower() == "bearer" else None
 
@@ -204,6 +223,21 @@ class Context:
         return f"<Context {self.req.method} {self.req.path}>"
 
 
+# What a client must not make up: who asks, and from where.
+_REAL_ONLY = re.compile(r"cookie|host|origin|forwarded|x-forwarded-.*|x-real-ip|x-scheme", re.IGNORECASE)
+
+
+def _with(headers: HTTPHeaders, more: Mapping[str, str]) -> HTTPHeaders:
+    together = headers.copy()
+    for name, value in more.items():
+        if name not in headers and not _REAL_ONLY.fullmatch(name.replace("_", "-").strip()):
+            try:
+                together.add(name, value)
+            except HTTPInputError:
+                log.debug("a client connects with a header that is none")
+    return together
+
+
 @functools.lru_cache(maxsize=64)
 def _validator(model: Any) -> Validator:
     return Validator(model)
@@ -221,6 +255,14 @@ def parse_query(request: HTTPServerRequest) -> dict[str, str | list[str]]:
     return query
 
 
+def expired(error: TokenExpired) -> Response:
+    """The answer to somebody whose token is no longer valid (RFC 6750 §3.1)."""
+    challenge = 'Bearer error="invalid_token", error_description="the token has expired"'
+    response = make_response({"error": str(error) or "token expired"}, 401, {"WWW-Authenticate": challenge})
+    response.expired = True
+    return response
+
+
 async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
     """What a function of the user's, sync or async, returns or raises by way of an answer."""
     try:
@@ -229,6 +271,8 @@ async def answer_to(function: Callable[..., Any], *args: Any) -> Any:
             result = await result
     except Answered as answered:
         return answered.response
+    except TokenExpired as error:
+        return expired(error)
     except HTTPError as error:  # as in Tornado's own handlers
         log.info("answered with %s", error)
         message = error.reason or phrases.get(error.status_code, "error")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
-from ..errors import ConfigurationError
+from ..errors import CallError, ConfigurationError
+from .calls import Calls, Handler, marked
 from .messages import Decoder
 
 HOOKS = (
@@ -24,7 +25,36 @@ HOOKS = (
     "on_drain",
     "on_ping",
     "on_pong",
+    "on_subscribe",
+    "on_publish",
 )
+
+
+@dataclass(frozen=True)
+class SubscribeRequest:
+    """What a Centrifuge client asks for a room with: see ``on_subscribe``.
+
+    Attributes:
+        token: The token, empty if there is none.
+        data: Whatever the client gave as ``data``, as plain JSON data; None if nothing.
+    """
+
+    token: str = ""
+    data: Any = None
+
+    def __repr__(self) -> str:
+        return f"<SubscribeRequest with{'' if self.token else 'out'} a token>"
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """What ``on_subscribe`` may return instead of true.
+
+    Attributes:
+        data: What the client gets along with the answer, as its ``subscribed`` event's ``data``.
+    """
+
+    data: Any = None
 
 
 class Hooks:
@@ -34,14 +64,18 @@ class Hooks:
         "_values",
         "close",
         "decode",
+        "decode_call",
         "drain",
         "error",
         "invalid",
         "message",
         "open",
+        "own_invalid",
         "ping",
         "pong",
+        "publish",
         "service",
+        "subscribe",
     )
 
     def __init__(self, service: Any, defaults: type, *, message_type: Any, values_type: Any) -> None:
@@ -57,12 +91,23 @@ class Hooks:
         self.ping = _hook(service, defaults, "on_ping", 2)
         self.pong = _hook(service, defaults, "on_pong", 2)
         self.error: Callable[..., Any] = _hook(service, defaults, "on_error", 2) or service.on_error
-        self.invalid: Callable[..., Any] = (
-            _hook(service, defaults, "on_invalid_message", 2) or service.on_invalid_message
-        )
+        invalid = _hook(service, defaults, "on_invalid_message", 2)
+        self.own_invalid = invalid is not None
+        self.invalid: Callable[..., Any] = invalid or service.on_invalid_message
+        self.subscribe = _hook(service, defaults, "on_subscribe", 3)
+        self.publish = _hook(service, defaults, "on_publish", 3)
         message = _hook(service, defaults, "on_message", 2)
+        rest = None if message is None else (message, Decoder(message_type))
         self.message: Callable[..., Any] = message or service.on_message
-        self.decode: Callable[[str | bytes], Any] = Decoder(message_type).decode if message else lambda data: data
+        self.decode: Callable[[str | bytes], Any] = rest[1].decode if rest else lambda data: data
+        # What a call by method and data is for, and what that gets. Raises `InvalidMessageError`, and `CallError`.
+        self.decode_call: Callable[[str, object], tuple[Handler, Any]] = (
+            (lambda method, data: (rest[0], rest[1].decode_value(data))) if rest else _no_method
+        )
+        handlers = [(model, _hook(service, defaults, name, 2)) for name, model in marked(type(service))]
+        if handlers:
+            calls = Calls([(model, call) for model, call in handlers if call], rest, type(service).__name__)
+            self.message, self.decode, self.decode_call = calls.message, calls.decode, calls.decode_call
         self._values = _Values(values_type)
 
     def values(self, given: object, *, from_query: bool) -> Any:
@@ -72,6 +117,10 @@ class Hooks:
     def plain_values(self, values: Any) -> Any:
         """``ws.data.values`` without their type, for validating them as another."""
         return self._values.plain(values)
+
+
+def _no_method(method: str, data: object) -> tuple[Handler, Any]:
+    raise CallError(104, "method not found")
 
 
 class _Values:
@@ -133,7 +182,7 @@ def _holds_several(annotation: Any) -> bool:
 def _hook(service: Any, defaults: type, name: str, offered: int) -> Callable[..., Any] | None:
     """The hook as a function of all arguments that are offered; None when it is the base class's own."""
     method = getattr(service, name)
-    if getattr(method, "__func__", None) is getattr(defaults, name):
+    if getattr(method, "__func__", method) is getattr(defaults, name, None):
         return None
     parameters = inspect.signature(method).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -151,4 +200,4 @@ def _hook(service: Any, defaults: type, name: str, offered: int) -> Callable[...
     return lambda *args: method(*args[:taken])
 
 
-__all__ = ["HOOKS", "Hooks"]
+__all__ = ["HOOKS", "Hooks", "SubscribeRequest", "Subscription"]

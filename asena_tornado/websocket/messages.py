@@ -7,7 +7,9 @@ numbers.
 
 from __future__ import annotations
 
+import base64
 import inspect
+import json
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -64,16 +66,46 @@ def frame(opcode: int, payload: bytes, *, rsv1: bool = False) -> bytes:
 
 
 class Message:
-    """What is sent: ``opcode`` (TEXT or BINARY), ``payload`` and the finished ``frame``, made once for all."""
+    """What is sent: ``opcode`` (TEXT or BINARY), ``payload`` and the finished ``frame``, made once for all.
 
-    __slots__ = ("frame", "opcode", "payload", "variants")
+    ``is_json``: the text is JSON that `encode` has made of data, and not a string of the sender's.
+    """
 
-    def __init__(self, opcode: int, payload: bytes) -> None:
+    __slots__ = ("_pushes", "frame", "is_json", "opcode", "payload", "variants")
+
+    def __init__(self, opcode: int, payload: bytes, *, is_json: bool = False) -> None:
         self.opcode = opcode
         self.payload = payload
+        self.is_json = is_json
         self.frame = frame(opcode, payload)
+        self._pushes: dict[str | None, Message] | None = None
         # Frames of the same message in another encoding, kept by the code that makes them (compression).
         self.variants: dict[object, bytes] | None = None
+
+    @property
+    def json(self) -> bytes:
+        """The data as JSON: as it was encoded, a text as a string, bytes as ``{"base64": "…"}``."""
+        if self.is_json:
+            return self.payload
+        if self.opcode == BINARY:
+            return b'{"base64":"' + base64.b64encode(self.payload) + b'"}'
+        return to_json(self.payload.decode())
+
+    def push(self, room: str | None) -> Message:
+        """What Centrifuge clients get instead: a publication in the room, or (None) a message. Made once for each."""
+        pushes = self._pushes
+        if pushes is None:
+            pushes = self._pushes = {}
+        made = pushes.get(room)
+        if made is None:
+            data = self.json
+            if room is None:
+                text = b'{"push":{"message":{"data":' + data + b"}}}"
+            else:
+                # Unlike pydantic, this writes any name that a room may have.
+                text = b'{"push":{"channel":' + json.dumps(room).encode() + b',"pub":{"data":' + data + b"}}}"
+            made = pushes[room] = Message(TEXT, text, is_json=True)
+        return made
 
 
 def encode(data: object) -> Message:
@@ -91,7 +123,7 @@ def encode(data: object) -> Message:
         return Message(BINARY, bytes(data))
     try:
         # JSON knows no NaN or infinity and browsers refuse them; null is what JSON.stringify makes of them.
-        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=_plain))
+        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=_plain), is_json=True)
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         raise EncodeError(
             f"{type(data).__name__} cannot be sent: {error}. Send str, bytes, or what pydantic can write as JSON "
@@ -148,6 +180,29 @@ class Decoder:
             else:
                 message = f"the message is not a valid {self._wants}"
             raise InvalidMessageError(message, errors=invalid.errors, raw=data) from invalid.__cause__
+
+    def decode_value(self, value: object) -> Any:
+        """The same for what is parsed already: plain data of JSON, in which bytes are ``{"base64": "…"}``.
+
+        A handler of text gets a string as it is, anything else as JSON.
+        """
+        raw = self._raw
+        if raw is None:
+            return self.decode(to_json(value))
+        data: str | bytes | None = bytes_of(value) if bytes in raw else None
+        if data is None:
+            data = value if isinstance(value, str) else to_json(value).decode()
+        return self.decode(data)
+
+
+def bytes_of(value: object) -> bytes | None:
+    """The bytes that travel as ``{"base64": "…"}`` in JSON; None for anything else."""
+    if isinstance(value, dict) and len(value) == 1 and isinstance(text := value.get("base64"), str):
+        try:
+            return base64.b64decode(text, validate=True)
+        except ValueError:  # also what binascii raises
+            pass
+    return None
 
 
 class Invalid(Exception):
@@ -293,6 +348,16 @@ def _shown(annotation: Any) -> str:
         return annotation.__name__
     parts = map(_bare, _parts(_bare(annotation)))
     return " or ".join(p.__name__ if isinstance(p, type) and not get_args(p) else str(p) for p in parts)
+
+
+def parts_of(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, without annotations and aliases; of anything else, itself."""
+    return tuple(_bare(part) for part in _parts(_bare(annotation)))
+
+
+def shown_type(annotation: Any) -> str:
+    """The type as messages name it."""
+    return _shown(annotation)
 
 
 def validation_errors(invalid: ValidationError, *, more: str = "") -> list[dict[str, Any]]:

@@ -37,9 +37,16 @@ class FanOut(Protocol):
     """Where messages go (see `connection.outbox`)."""
 
     def publish(
-        self, members: Mapping[Socket, None], message: Message, excluded: frozenset[Socket] | None = None
+        self,
+        members: Mapping[Socket, None],
+        message: Message,
+        excluded: frozenset[Socket] | None = None,
+        rooms: tuple[str, ...] | None = None,
     ) -> None:
         """Send the message to the members but the excluded, in the order of the calls. Never waits.
+
+        ``members`` may be a live collection: `seal` is called before it changes. ``rooms``: of which they are the
+        members; None for everybody.
 
         ``members`` may be a live collection: `seal` is called before it changes.
         """
@@ -197,6 +204,8 @@ class Namespace:
         self._everyone: dict[Socket[Any], None] = {}
         # Sockets that have left but whose on_close has not finished.
         self._leaving: dict[Socket[Any], None] = {}
+        # Those among them that have not come yet: see `expect`.
+        self._expected: dict[Socket[Any], None] = {}
         # Those among them that are members of rooms yet, with the rooms to go.
         self._withdrawing: dict[Socket[Any], list[str]] = {}
         self.sockets = SocketsView(self._by_id)
@@ -322,7 +331,7 @@ class Namespace:
         if count:
             if self._listeners:
                 self._tell_listeners(names or (), message, count)
-            self.outbox.publish(members, message, excluded)  # type: ignore[union-attr]  # the door is open
+            self.outbox.publish(members, message, excluded, names)  # type: ignore[union-attr]  # the door is open
         return count
 
     def members(self, room: str | None) -> Mapping[Socket[Any], None]:
@@ -374,11 +383,16 @@ class Namespace:
                 log.error("%s did not join %r: %s", socket, room, self._full())
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
+            tell = socket._connection.tell_room
+            if tell is not None:
+                self.outbox.settle(socket)  # type: ignore[union-attr]  # the door is open
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             first = not self.index.members(room)
             self.index.join(socket, room)
             for observer in self._observers:
                 observer.joined(socket, room, first=first)
+            if tell is not None:
+                tell(room, True)
 
     def leave(self, socket: Socket[Any], room: str) -> None:
         """Take the socket out of the room, from any thread."""
@@ -389,8 +403,13 @@ class Namespace:
         if socket._left_rooms is not None:
             socket._left_rooms.pop(room, None)
         elif room in self.index.rooms_of(socket):
+            tell = socket._connection.tell_room
+            if tell is not None:
+                self.outbox.settle(socket)  # type: ignore[union-attr]  # the door is open
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self._take_out(socket, room)
+            if tell is not None:
+                tell(room, False)
 
     def _take_out(self, socket: Socket[Any], room: str, *, released: bool = False) -> None:
         if not self.index.leave(socket, room):
@@ -426,8 +445,19 @@ class Namespace:
 
     # -- coming and going; called on the loop by the socket's connection
 
+    def expect(self, socket: Socket[Any]) -> None:
+        """A client is connected that has yet to say who it is: nobody sees it, but the end waits for it, too."""
+        self._leaving[socket] = self._expected[socket] = None
+
+    @property
+    def expected(self) -> int:
+        """How many have yet to say who they are."""
+        return len(self._expected)
+
     def admit(self, socket: Socket[Any]) -> None:
         """The socket is open from here on."""
+        if self._expected.pop(socket, socket) is None:
+            del self._leaving[socket]
         self.outbox.seal(self._everyone)  # type: ignore[union-attr]  # the door is open
         self._by_id[socket.id] = socket
         self._everyone[socket] = None
@@ -437,6 +467,8 @@ class Namespace:
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """Send nothing to the socket any more. `release_more` takes it out of its rooms; then ``on_close`` may run."""
         assert self.outbox is not None
+        if socket in self._expected:
+            return
         # The open batch may be for any of its rooms, for several, or for everybody.
         self.outbox.settle(socket)
         del self._everyone[socket]
@@ -475,6 +507,7 @@ class Namespace:
             self._take_out(socket, room, released=True)
         socket._left_rooms = {}
         self._leaving.pop(socket, None)
+        self._expected.pop(socket, None)
         if self.empty:
             waiting, self._all_gone = self._all_gone, []
             for call in waiting:
@@ -494,6 +527,7 @@ class Namespace:
         self._by_id.clear()
         self._everyone.clear()
         self._leaving.clear()
+        self._expected.clear()
         self._withdrawing.clear()
         self.index.clear()
 
@@ -510,7 +544,7 @@ class Namespace:
 
     @property
     def leaving(self) -> list[Socket[Any]]:
-        """The sockets that are closing, or whose ``on_close`` runs."""
+        r"""The sockets that are closing, or whose ``on_close`` runs; and those that are `expect`\ ed."""
         return list(self._leaving)
 
     def when_empty(self, call: Callable[[], None]) -> None:

@@ -33,10 +33,12 @@ class WebSocketOptions(BaseModel):
         max_queued_messages (default 256): The most messages of one client that may wait for their handler; then nothing
             more is read from it until the handler catches up.
         max_queued_bytes (bytes, default 4 MiB): The same, in bytes.
-        handshake_timeout (seconds, default 10): For a handshake to arrive, and again for middleware to answer it.
-        ping_interval (seconds, default 20): Between two pings; None sends none.
+        handshake_timeout (seconds, default 10): For a handshake to arrive, and again for middleware to answer it; for a
+            Centrifuge client also to connect after it.
+        ping_interval (seconds, default 20): Between two pings; None sends none. Centrifuge clients get the heartbeats
+            of their protocol.
         ping_timeout (seconds, default 20): Of silence after a ping, until the connection is closed with 1011; None
-            waits for ever.
+            waits for ever. A Centrifuge client has to answer, else it is closed with 3012.
         idle_timeout (seconds, default none): Without a message from the client, until it is closed with 1001.
         close_timeout (seconds, default 5): For a client to answer a close frame, until it is cut off.
         handler_grace (seconds, default 2): For a handler to finish when its client is gone, or the server stops, until

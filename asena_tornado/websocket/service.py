@@ -18,11 +18,12 @@ from typing import (
 
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
+from .calls import on
 from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
-from .sockets import Socket, T
+from .sockets import ProtocolName, Socket, T
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
@@ -58,6 +59,13 @@ class AsenaWebSocketService(Generic[T]):
       in JSON, and stays connected. ``error`` is an `InvalidMessageError`.
     - ``on_drain(ws)``: everything that waited for a slow client has been sent.
     - ``on_ping(ws, data)``, ``on_pong(ws, data)``: a ping has come, and is answered already; a pong has come.
+    - ``on_subscribe(ws, room, request)``: a Centrifuge client asks for a room. It gets in if this returns true, or a
+      `Subscription`; ``request`` is a `SubscribeRequest`. By default nobody gets in.
+    - ``on_publish(ws, room, data)``: a Centrifuge client wants to publish. True publishes ``data`` as it came, false or
+      None refuses, anything else is published instead. By default everything is refused.
+
+    Other methods become handlers of messages of one type with `on`. What such a handler or ``on_message`` returns is
+    the reply to a Centrifuge client's call; where it raises `CallError`, that is.
 
     ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client. Whatever a hook raises
     is logged and does not end the server, ``SystemExit`` included. A hook that computes for long holds up its server:
@@ -166,6 +174,14 @@ class AsenaWebSocketService(Generic[T]):
     def on_pong(self, *args: Any, **kwargs: Any) -> Any:
         """A pong came."""
 
+    def on_subscribe(self, *args: Any, **kwargs: Any) -> Any:
+        """A Centrifuge client asks for a room. Refuses."""
+        return False
+
+    def on_publish(self, *args: Any, **kwargs: Any) -> Any:
+        """A Centrifuge client wants to publish to a room. Refuses."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class WebSocketSpec:
@@ -175,6 +191,7 @@ class WebSocketSpec:
     name: str
     middlewares: tuple[Any, ...]
     options: WebSocketOptions | None
+    protocols: tuple[ProtocolName, ...]
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
@@ -186,6 +203,7 @@ def WebSocket(
     name: str | None = None,
     middlewares: Sequence[Any] = (),
     options: WebSocketOptions | None = None,
+    protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -197,8 +215,11 @@ def WebSocket(
             client belongs in the query string.
         name: What the service is injected by; by default the class's name.
         middlewares: Classes or instances with ``handle(self, context, next)``, run in order before the handshake is
-            accepted.
+            accepted; for Centrifuge clients when they connect, after the handshake.
         options: Limits and times of this namespace, instead of the server's.
+        protocols: What clients may speak. Plain WebSocket clients connect at the path, those of the Centrifuge protocol
+            at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
+            only ones.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -210,6 +231,13 @@ def WebSocket(
     given_options: object = options  # whatever the annotation says
     if not isinstance(given_options, WebSocketOptions | None):
         raise ConfigurationError(f"options takes a WebSocketOptions(…), not {options!r}")
+
+    given_protocols: object = protocols
+    spoken: tuple[ProtocolName, ...] = (
+        tuple(dict.fromkeys(protocols)) if isinstance(given_protocols, list | tuple) else ()
+    )
+    if not spoken or not set(spoken) <= {"plain", "centrifuge"}:
+        raise ConfigurationError(f'protocols takes "plain", "centrifuge" or both, in a tuple, not {protocols!r}')
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -231,6 +259,7 @@ def WebSocket(
             name or cls.__name__,
             chain,
             options,
+            spoken,
             _resolve(_values_type(cls), cls, here),
             _resolve(_message_annotation(cls), handler, nearby),
         )
@@ -318,4 +347,4 @@ def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
     service._namespace = namespace
 
 
-__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "spec_of"]
+__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "on", "spec_of"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Literal, Protocol
 
 from typing_extensions import TypeVar
 
@@ -14,6 +14,7 @@ from .messages import Message, check_close, encode
 from .rooms import RoomIndex
 
 T = TypeVar("T", default=Any)
+ProtocolName = Literal["plain", "centrifuge"]
 
 
 class ReadyState(IntEnum):
@@ -72,6 +73,13 @@ class Wire(Protocol):
     bytes_in: int
     bytes_out: int
     dropped: int
+    # Called when the socket has come into a room (True), or left one; None where the client is not told.
+    tell_room: Callable[[str, bool], None] | None
+
+    @property
+    def protocol(self) -> ProtocolName:
+        """What the client speaks."""
+        ...
 
     @property
     def messages_in(self) -> int:
@@ -187,6 +195,11 @@ class Socket(Generic[T]):
     def namespace(self) -> str:
         """The path of the namespace the client is connected to."""
         return self._namespace.path
+
+    @property
+    def protocol(self) -> ProtocolName:
+        """What the client speaks: ``"plain"`` messages, or ``"centrifuge"``, Centrifugo's client protocol."""
+        return self._connection.protocol
 
     @property
     def ready_state(self) -> ReadyState:
