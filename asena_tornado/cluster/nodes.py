@@ -10,7 +10,7 @@ from typing import Self
 
 from .envelope import Departed, Heartbeat
 
-DEAD_AFTER = 3  # heartbeats without one
+DEAD_AFTER = 3  # heartbeats of our own without one of its: between two and three seconds
 STILL_HERE = 60  # heartbeats after which a node that only sends, and has nothing to send, says that it is there
 _FORGOTTEN_AFTER = 600  # heartbeats: until then a node that comes back is told what was missed meanwhile
 _DEPARTED = 1000  # nodes that are gone, remembered
@@ -203,7 +203,7 @@ class Membership:
                 known.silent += 1
             # One that only sends is often silent; not when it owes an answer.
             limit = DEAD_AFTER if known.serves or known.owes else 2 * STILL_HERE + DEAD_AFTER
-            if present and known.silent > limit:
+            if present and known.silent >= limit:
                 known.alive = False
                 gone.append((node, known))
             elif known.silent > _FORGOTTEN_AFTER:
