@@ -1354,7 +1354,7 @@ async def test_a_node_with_very_many_namespaces_tells_of_them_in_turn(make: Make
 
 async def test_the_loop_has_its_turn_while_very_many_channels_are_marked() -> None:
     counting = Counting(LocalTransport())
-    async with Listener(counting) as here:  # type: ignore[arg-type]
+    async with Listener(counting) as here:
         for number in range(100_000):
             here.say(f"room{number}", "")
         most = 0
