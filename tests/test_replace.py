@@ -205,6 +205,21 @@ async def test_components_of_the_old_server_stop_and_a_shared_instance_goes_on(p
     assert calls.count("start own") == calls.count("stop own") == 2
 
 
+async def test_a_server_that_was_replaced_refuses_to_start_and_the_clients_stay(port: int, connect: Connect) -> None:
+    old = AsenaServer(chat("old"), port=port).start()
+    client = await connect(old, "/chat")
+    new = AsenaServer(chat("new"), port=port).start()
+    for hosting in ("thread", "kernel"):
+        with pytest.raises(ServerStateError, match=r"replaced by a newer one.* make another"):
+            old.start(hosting=hosting)
+    await client.send("hello")
+    assert await client.recv() == "new anonymous: hello"
+    new.stop()
+    with pytest.raises(ServerStateError, match="replaced by a newer one"):
+        await old.__aenter__()
+    assert old.state == "replaced"
+
+
 async def test_a_server_hosted_another_way_is_not_replaced(port: int) -> None:
     AsenaServer(chat("old"), port=port).start()
     with pytest.raises(PortInUseError, match="earlier server of this process"):

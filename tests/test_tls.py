@@ -351,7 +351,9 @@ def test_the_client_may_change_the_keys_and_ask_for_the_servers_to_change(serve)
         stderr=subprocess.PIPE,
         bufsize=0,
     )
-    assert client.stdin is not None and client.stdout is not None and client.stderr is not None
+    assert client.stdin is not None
+    assert client.stdout is not None
+    assert client.stderr is not None
 
     def read_until(stream: Any, end: bytes) -> None:
         seen = b""
