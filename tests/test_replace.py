@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
-import socket
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,19 +27,6 @@ from asena_tornado import (
     Service,
     WebSocket,
 )
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A free port; whatever serves it is stopped afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number = probe.getsockname()[1]
-    yield number
-    from asena_tornado.server import _running
-
-    for server in [server for server in _running if server.port == number]:
-        server.stop()
-
 
 Connect = Callable[[AsenaServer, str], Awaitable[Client]]
 
