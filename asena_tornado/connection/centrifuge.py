@@ -27,6 +27,7 @@ from ..errors import (
     shortened,
 )
 from ..web.http import Answered, Context, Response, make_response
+from ..websocket.calls import Handler
 from ..websocket.hooks import SubscribeRequest, Subscription
 from ..websocket.messages import TEXT, Message, bytes_of, encode, frame
 from ..websocket.sockets import ProtocolName, ReadyState
@@ -401,10 +402,16 @@ class Session(Dispatch):
         except BaseException as error:  # noqa: BLE001 - of the user's own validators, or that there is no such method
             await self._failed(number, error)
             return
-        result = await self._ask(number, handler, self._client.socket, value)
+        if handler.concurrent:
+            await self._begin(self._call, number, handler, value)
+        else:
+            await self._call(number, handler, value)
+
+    async def _call(self, number: int, handler: Handler, value: Any) -> None:
+        result = await self._ask(number, handler.call, self._client.socket, value)
         if number and result is not _FAILED:
             try:
-                text = encode(result).json
+                text = handler.encode(result).json
             except BaseException as error:  # noqa: BLE001 - likewise
                 await self._failed(number, error)
             else:

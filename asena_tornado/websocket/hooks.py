@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
 from ..errors import CallError, ConfigurationError
-from .calls import Calls, Handler, marked
+from .calls import Calls, Handler, Reply, marked, reply_annotation
 from .messages import Decoder
 
 HOOKS = (
@@ -78,11 +78,14 @@ class Hooks:
         "subscribe",
     )
 
-    def __init__(self, service: Any, defaults: type, *, message_type: Any, values_type: Any) -> None:
+    def __init__(
+        self, service: Any, defaults: type, *, message_type: Any, values_type: Any, reply_types: Mapping[str, Any]
+    ) -> None:
         """Inspect the service.
 
         ``defaults``: the base class, whose own hooks need not be called. ``message_type``: the annotation of
-        ``on_message``'s message. ``values_type``: that of ``ws.data.values``.
+        ``on_message``'s message. ``values_type``: that of ``ws.data.values``. ``reply_types``: what the annotations
+        say that handlers return, by the handlers' names.
         """
         self.service = service
         self.open = _hook(service, defaults, "on_open", 1)
@@ -97,16 +100,27 @@ class Hooks:
         self.subscribe = _hook(service, defaults, "on_subscribe", 3)
         self.publish = _hook(service, defaults, "on_publish", 3)
         message = _hook(service, defaults, "on_message", 2)
-        rest = None if message is None else (message, Decoder(message_type))
+
+        def handler(name: str, call: Callable[..., Any], concurrent: bool = False) -> Handler:
+            kind = reply_annotation(reply_types.get(name))
+            if kind is None:
+                return Handler(call, concurrent=concurrent)
+            return Handler(call, Reply(kind, f"{type(service).__name__}.{name}").encode, concurrent)
+
+        rest = None if message is None else (handler("on_message", message), Decoder(message_type))
         self.message: Callable[..., Any] = message or service.on_message
         self.decode: Callable[[str | bytes], Any] = rest[1].decode if rest else lambda data: data
         # What a call by method and data is for, and what that gets. Raises `InvalidMessageError`, and `CallError`.
         self.decode_call: Callable[[str, object], tuple[Handler, Any]] = (
             (lambda method, data: (rest[0], rest[1].decode_value(data))) if rest else _no_method
         )
-        handlers = [(model, _hook(service, defaults, name, 2)) for name, model in marked(type(service))]
+        handlers = [
+            (model, handler(name, call, concurrent))
+            for name, model, concurrent in marked(type(service))
+            if (call := _hook(service, defaults, name, 2))
+        ]
         if handlers:
-            calls = Calls([(model, call) for model, call in handlers if call], rest, type(service).__name__)
+            calls = Calls(handlers, rest, type(service).__name__)
             self.message, self.decode, self.decode_call = calls.message, calls.decode, calls.decode_call
         self._values = _Values(values_type)
 

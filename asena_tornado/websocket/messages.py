@@ -123,7 +123,7 @@ def encode(data: object) -> Message:
         return Message(BINARY, bytes(data))
     try:
         # JSON knows no NaN or infinity and browsers refuse them; null is what JSON.stringify makes of them.
-        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=_plain), is_json=True)
+        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=plain_value), is_json=True)
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         raise EncodeError(
             f"{type(data).__name__} cannot be sent: {error}. Send str, bytes, or what pydantic can write as JSON "
@@ -131,7 +131,7 @@ def encode(data: object) -> Message:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """What pydantic does not know: arrays and scalars of numpy and similar libraries."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()

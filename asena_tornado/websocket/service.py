@@ -18,7 +18,7 @@ from typing import (
 
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
-from .calls import on
+from .calls import marked, on
 from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
@@ -65,9 +65,12 @@ class AsenaWebSocketService(Generic[T]):
       None refuses, anything else is published instead. By default everything is refused.
 
     Other methods become handlers of messages of one type with `on`. What such a handler or ``on_message`` returns is
-    the reply to a Centrifuge client's call; where it raises `CallError`, that is.
+    the reply to a Centrifuge client's call, encoded as the type that the method is annotated to return; where it does
+    not fit, the call fails, and ``on_error`` gets an `EncodeError`. Where the handler raises `CallError`, that is the
+    reply. Plain clients get none.
 
-    ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client. Whatever a hook raises
+    ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client, as do handlers with
+    ``@on(…, concurrent=True)``. Whatever a hook raises
     is logged and does not end the server, ``SystemExit`` included. A hook that computes for long holds up its server:
     use ``asyncio.to_thread``.
 
@@ -195,6 +198,7 @@ class WebSocketSpec:
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
+    reply_types: Mapping[str, Any]  # by the names of the methods
 
 
 def WebSocket(
@@ -251,9 +255,13 @@ def WebSocket(
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
         frame = sys._getframe(1)
         here = dict(frame.f_locals)
-        handler = inspect.unwrap(cls.on_message)
-        # A hook inherited from another module means the names of that module.
-        nearby = {**here, **vars(cls)} if handler.__globals__ is frame.f_globals else {}
+
+        def resolve(annotation: Any, method: Any) -> Any:
+            handler = inspect.unwrap(method)
+            # A hook inherited from another module means the names of that module.
+            nearby = {**here, **vars(cls)} if getattr(handler, "__globals__", None) is frame.f_globals else {}
+            return _resolve(annotation, handler, nearby)
+
         spec = WebSocketSpec(
             normal,
             name or cls.__name__,
@@ -261,7 +269,8 @@ def WebSocket(
             options,
             spoken,
             _resolve(_values_type(cls), cls, here),
-            _resolve(_message_annotation(cls), handler, nearby),
+            resolve(_message_annotation(cls), cls.on_message),
+            {name: resolve(annotation, getattr(cls, name)) for name, annotation in _reply_annotations(cls).items()},
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
@@ -278,6 +287,15 @@ def spec_of(service: object) -> WebSocketSpec:
     for base in cls.__mro__:
         spec = vars(base).get("__asena_websocket__")
         if isinstance(spec, WebSocketSpec):
+            if cls is base:
+                return spec
+            replies = {
+                name: spec.reply_types[name]
+                if name in spec.reply_types and getattr(cls, name) is getattr(base, name)
+                else _resolve(annotation, inspect.unwrap(getattr(cls, name)), {})
+                for name, annotation in _reply_annotations(cls).items()
+            }
+            spec = replace(spec, reply_types=replies)
             if cls.on_message is base.on_message:
                 return spec
             return replace(spec, message_type=_resolve(_message_annotation(cls), cls.on_message, {}))
@@ -304,6 +322,12 @@ def _message_annotation(cls: type[AsenaWebSocketService[Any]]) -> Any:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     # A hook without a parameter for the message takes any.
     return positional[1].annotation if len(positional) > 1 else str | bytes
+
+
+def _reply_annotations(cls: type[AsenaWebSocketService[Any]]) -> dict[str, Any]:
+    """What the handlers of messages are annotated to return, by their names."""
+    names = dict.fromkeys(["on_message", *(name for name, *_ in marked(cls))])
+    return {name: inspect.signature(getattr(cls, name)).return_annotation for name in names}
 
 
 def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
@@ -334,11 +358,14 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
     """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
     spec, cls = spec_of(service), type(service)
+    # Plain clients get no replies: what the annotations name need not even be there.
+    replies = spec.reply_types if "centrifuge" in spec.protocols else {}
     return Hooks(
         service,
         AsenaWebSocketService,
         message_type=_needed(spec.message_type, cls, "on_message"),
         values_type=_needed(spec.values_type, cls, "its base class"),
+        reply_types={name: _needed(kind, cls, f"what {name} returns") for name, kind in replies.items()},
     )
 
 
