@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, is_dataclass
+from datetime import datetime
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -37,24 +40,58 @@ class SubscribeRequest:
     Attributes:
         token: The token, empty if there is none.
         data: Whatever the client gave as ``data``, as plain JSON data; None if nothing.
+        refresh: Whether the client is in the room already, and has come with a new token because the subscription
+            expires. There are no ``data`` then.
     """
 
     token: str = ""
     data: Any = None
+    refresh: bool = False
 
     def __repr__(self) -> str:
         return f"<SubscribeRequest with{'' if self.token else 'out'} a token>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subscription:
     """What ``on_subscribe`` may return instead of true.
 
     Attributes:
+        expires_at: When the subscription ends unless the client refreshes it: a Unix timestamp (seconds), or a
+            ``datetime`` with a time zone; None for never. The SDKs ask for a new token at that time, with which
+            ``on_subscribe`` runs again (see `SubscribeRequest.refresh`). A client that has not come with one 25 seconds
+            later is taken out of the room, with code 2501, upon which the SDKs ask for the room anew.
         data: What the client gets along with the answer, as its ``subscribed`` event's ``data``.
+        info: What everybody gets along with what this client publishes to the room, as ``info.chan_info`` of the
+            publication; any data that can be sent.
+
+    Raises:
+        ValueError: ``expires_at`` is a ``datetime`` without a time zone, or no moment at all.
     """
 
+    expires_at: float | datetime | None = None
     data: Any = None
+    info: Any = None
+
+    def __post_init__(self) -> None:
+        at = self.expires_at
+        if at is None:
+            return
+        if isinstance(at, datetime):
+            if at.tzinfo is None:
+                raise ValueError(f"expires_at needs a time zone, as in datetime.now(UTC): {at!r} has none")
+            return
+        given: object = at  # whatever the annotation says
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+            raise ValueError(f"expires_at takes a timestamp in seconds, or a datetime with a time zone, not {at!r}")
+
+    @property
+    def expires_in(self) -> float | None:
+        """The seconds that are left; None if it does not expire."""
+        at = self.expires_at
+        if at is None:
+            return None
+        return (at.timestamp() if isinstance(at, datetime) else at) - time.time()
 
 
 class Hooks:

@@ -60,9 +60,11 @@ class AsenaWebSocketService(Generic[T]):
     - ``on_drain(ws)``: everything that waited for a slow client has been sent.
     - ``on_ping(ws, data)``, ``on_pong(ws, data)``: a ping has come, and is answered already; a pong has come.
     - ``on_subscribe(ws, room, request)``: a Centrifuge client asks for a room. It gets in if this returns true, or a
-      `Subscription`; ``request`` is a `SubscribeRequest`. By default nobody gets in.
+      `Subscription`, which may expire; ``request`` is a `SubscribeRequest`. By default nobody gets in. It also runs
+      when a client refreshes a subscription that expires; then ``request.refresh`` is true.
     - ``on_publish(ws, room, data)``: a Centrifuge client wants to publish. True publishes ``data`` as it came, false or
-      None refuses, anything else is published instead. By default everything is refused.
+      None refuses, anything else is published instead. By default everything is refused. The other Centrifuge clients
+      see who published, as the publication's ``info``: its ``client`` is the socket's id.
 
     Other methods become handlers of messages of one type with `on`. What such a handler or ``on_message`` returns is
     the reply to a Centrifuge client's call, encoded as the type that the method is annotated to return; where it does
