@@ -76,6 +76,7 @@ class Connection:
     )
 
     protocol: ClassVar[ProtocolName] = "plain"
+    subprotocol: str | None = None  # see `SubprotocolConnection`
 
     def __init__(
         self,
@@ -491,6 +492,16 @@ class Connection:
             return
         with contextlib.suppress(OSError):
             self.channel.resume()
+
+
+class SubprotocolConnection(Connection):
+    """A connection with a subprotocol. The others need not have room for its name."""
+
+    __slots__ = ("subprotocol",)
+
+    def __init__(self, *args: Any, subprotocol: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.subprotocol = subprotocol
 
 
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
 from .sockets import ProtocolName, Socket, T
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
@@ -197,6 +200,7 @@ class WebSocketSpec:
     middlewares: tuple[Any, ...]
     options: WebSocketOptions | None
     protocols: tuple[ProtocolName, ...]
+    subprotocols: tuple[str, ...]
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
@@ -210,6 +214,7 @@ def WebSocket(
     middlewares: Sequence[Any] = (),
     options: WebSocketOptions | None = None,
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
+    subprotocols: Sequence[str] = (),
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -226,6 +231,9 @@ def WebSocket(
         protocols: What clients may speak. Plain WebSocket clients connect at the path, those of the Centrifuge protocol
             at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
             only ones.
+        subprotocols: The WebSocket subprotocols (RFC 6455 §1.9) that the service speaks with plain clients, such as
+            ``("graphql-ws",)``. Of those that a client offers, the first one that is among these is agreed on, and is
+            ``ws.subprotocol``. A client that offers none of them is let in without; browsers then close by themselves.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -244,6 +252,17 @@ def WebSocket(
     )
     if not spoken or not set(spoken) <= {"plain", "centrifuge"}:
         raise ConfigurationError(f'protocols takes "plain", "centrifuge" or both, in a tuple, not {protocols!r}')
+
+    given_subprotocols: object = subprotocols
+    if not isinstance(given_subprotocols, list | tuple) or not all(
+        isinstance(each, str) and _TOKEN.fullmatch(each) for each in given_subprotocols
+    ):
+        raise ConfigurationError(
+            'subprotocols takes names without spaces or commas, in a tuple, such as ("graphql-ws",), '
+            f"not {subprotocols!r}"
+        )
+    if subprotocols and "plain" not in spoken:
+        raise ConfigurationError(f"subprotocols are for plain clients, and those cannot connect to {normal!r}")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -270,6 +289,7 @@ def WebSocket(
             chain,
             options,
             spoken,
+            tuple(subprotocols),
             _resolve(_values_type(cls), cls, here),
             resolve(_message_annotation(cls), cls.on_message),
             {name: resolve(annotation, getattr(cls, name)) for name, annotation in _reply_annotations(cls).items()},

@@ -82,6 +82,11 @@ class Wire(Protocol):
         ...
 
     @property
+    def subprotocol(self) -> str | None:
+        """What was agreed on in the handshake, if anything."""
+        ...
+
+    @property
     def messages_in(self) -> int:
         """Messages that came."""
         ...
@@ -200,6 +205,14 @@ class Socket(Generic[T]):
     def protocol(self) -> ProtocolName:
         """What the client speaks: ``"plain"`` messages, or ``"centrifuge"``, Centrifugo's client protocol."""
         return self._connection.protocol
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The WebSocket subprotocol (RFC 6455 §1.9) that was agreed on with a plain client, such as ``"graphql-ws"``.
+
+        None if the client has offered none that the service speaks: see ``subprotocols`` of `WebSocket`.
+        """
+        return self._connection.subprotocol
 
     @property
     def ready_state(self) -> ReadyState:
