@@ -83,6 +83,7 @@ _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
 _MAX_CREDENTIALS = 64 * 1024  # characters of a token and headers
+_MAX_NAME = 64  # characters of an SDK's name, and of its version
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
 _AT_ONCE = 64  # commands of one frame before others have a turn
@@ -119,7 +120,7 @@ class Asked(Protocol):
 class CentrifugeConnection(Connection):
     """A connection that speaks the protocol. Its socket is admitted once the client has connected by a command."""
 
-    __slots__ = ("_handshake", "_last", "_session", "pings")
+    __slots__ = ("_handshake", "_last", "_session", "client_name", "client_version", "pings", "reconnected")
 
     protocol: ClassVar[ProtocolName] = "centrifuge"
     _session: Session
@@ -129,6 +130,10 @@ class CentrifugeConnection(Connection):
         super().__init__(*args, **kwargs)
         self.coded = self.pushed = True
         self.pings = 0  # that are not answered
+        # As the client says when it connects: the SDK's name and version. An SDK goes on counting when it reconnects,
+        # so that a first command which is not its first one tells that it was connected before; how often is not known.
+        self.client_name = self.client_version = ""
+        self.reconnected = False
         # Where the last reply is owed, as what frame, and its text: the next one may join it.
         self._last: tuple[list[bytes], bytes, bytes] | None = None
 
@@ -377,6 +382,11 @@ class Session(Dispatch):
         token, headers, data = _token(body), body.get("headers") or {}, body.get("data")
         if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
             raise _BadRequest("headers that are none")
+        name, version = body.get("name") or "", body.get("version") or ""
+        if not isinstance(name, str) or not isinstance(version, str):
+            raise _BadRequest("a name or version that is no string")
+        client.client_name, client.client_version = shortened(name, _MAX_NAME), shortened(version, _MAX_NAME)
+        client.reconnected = number > 1
         try:
             if len(token) + sum(len(name) + len(value) for name, value in headers.items()) > _MAX_CREDENTIALS:
                 raise Answered(make_response({"error": "the token and headers are too long"}, 400))

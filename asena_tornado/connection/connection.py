@@ -77,6 +77,9 @@ class Connection:
 
     protocol: ClassVar[ProtocolName] = "plain"
     subprotocol: str | None = None  # see `SubprotocolConnection`
+    client_name: str = ""  # see `CentrifugeConnection`
+    client_version: str = ""
+    reconnected: bool = False
 
     def __init__(
         self,
@@ -313,6 +316,11 @@ class Connection:
     def messages_in(self) -> int:
         """Messages that came."""
         return self._dispatch.messages_in
+
+    @property
+    def pending_calls(self) -> int:
+        """How many of its handlers run."""
+        return self._dispatch.pending_calls
 
     @property
     def message_at(self) -> float:

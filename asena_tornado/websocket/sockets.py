@@ -73,6 +73,10 @@ class Wire(Protocol):
     bytes_in: int
     bytes_out: int
     dropped: int
+    # What a Centrifuge client says of itself: which SDK it is, and whether it was connected before.
+    client_name: str
+    client_version: str
+    reconnected: bool
     # Called when the socket has come into a room (True), or left one; None where the client is not told.
     tell_room: Callable[[str, bool], None] | None
 
@@ -89,6 +93,11 @@ class Wire(Protocol):
     @property
     def messages_in(self) -> int:
         """Messages that came."""
+        ...
+
+    @property
+    def pending_calls(self) -> int:
+        """How many of its handlers run."""
         ...
 
     @property
