@@ -673,6 +673,8 @@ class Guarded(AsenaWebSocketService):
         match request.token.split():
             case ["seconds", seconds]:
                 return Subscription(expires_at=time.time() + float(seconds), data={"a": 1})
+            case ["busy"] if request.refresh:
+                raise CallError(111, "later", temporary=True)
             case ["at", at]:
                 return Subscription(expires_at=datetime.fromisoformat(at))
             case ["info", info]:
@@ -1161,32 +1163,41 @@ async def through_everything(client: Client, server: AsenaServer) -> None:
     client.settled_once()
 
 
-async def test_live_client() -> None:
+async def through_an_expiring_subscription(client: Client, server: AsenaServer) -> None:
+    await client.do("new", server.client_url("/x"), {})
+    await client.do("connect")
+    await client.event("connected")
+    await client.subscribed("news", tokens=["seconds 1", "seconds 1000"])
+    # Who cannot refresh in time is taken out, and comes back by itself.
+    await client.subscribed("late", tokens=["seconds 1", "busy"])
+    out = await client.event("subscribing", "late", code=2501)
+    assert out["reason"] == "subscription expired"
+    await client.event("subscribed", "late")
+    requests = chat(server, "/x").requests
+    async with asyncio.timeout(10):
+        while SubscribeRequest("seconds 1000", refresh=True) not in requests:  # noqa: ASYNC110  # when it has expired
+            await asyncio.sleep(0.05)
+    assert not client.seen("unsubscribed", room="news")
+
+
+async def test_live_client(monkeypatch: pytest.MonkeyPatch) -> None:
     async with AsenaServer(Chat, port=0) as server:
         client = Driven()
         await through_everything(client, server)
+    monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
+    async with AsenaServer(Guard, port=0) as server:
+        await through_an_expiring_subscription(Driven(), server)
 
 
 @pytest.mark.js
 @pytest.mark.parametrize("which", ["asena.js", "the SDK"])
-async def test_in_node(which: str, packages: Any) -> None:
+async def test_in_node(which: str, packages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ASENA if which == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
     async with AsenaServer(Chat, port=0) as server, node(module, packages) as client:
         await through_everything(client, server)
-
-
-async def test_live_client_refreshes_its_subscription() -> None:
-    tokens = iter(["seconds 1", "seconds 1000"])
-    async with (
-        AsenaServer(Guard, port=0) as server,
-        LiveClient(server.client_url("/x")) as client,
-    ):
-        client.subscription("news", get_token=lambda room: next(tokens)).subscribe()
-        requests = chat(server, "/x").requests
-        async with asyncio.timeout(10):
-            while len(requests) < 2:  # noqa: ASYNC110  # it asks when the first has expired
-                await asyncio.sleep(0.05)
-        assert requests[1] == SubscribeRequest("seconds 1000", refresh=True)
+    monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
+    async with AsenaServer(Guard, port=0) as server, node(module, packages) as client:
+        await through_an_expiring_subscription(client, server)
 
 
 async def test_live_client_gets_a_new_token_where_the_old_one_has_expired() -> None:
