@@ -261,7 +261,7 @@ def message_of(opcode: int, body: bytes, is_json: bool = False, info: dict[str, 
             raise EnvelopeError(f"text is not UTF-8: {error}") from None
     is_json = is_json and opcode != BINARY
     if info is not None:
-        return Publication(opcode, body, is_json=is_json, info=to_json(info))
+        return Publication(opcode, body, is_json=is_json, info=to_json(info, inf_nan_mode="null"))
     return Message(opcode, body, is_json=is_json)
 
 
