@@ -143,6 +143,7 @@ class TokenExpired(AsenaError):
     """To be raised in middleware, or by what verifies a token: the client may come back with a new one.
 
     It is answered with 401; a Centrifuge client, told with code 109, gets itself another token and connects again.
+    ``on_subscribe`` may raise it, too: the client then gets itself another token for the room.
     """
 
 

@@ -946,6 +946,7 @@ class AsenaServer:
         path: str = "/",
         *,
         headers: Mapping[str, str] | None = None,
+        subprotocols: Sequence[str] = (),
         timeout: float = 10.0,
         ssl_options: Any = None,
     ) -> Client:
@@ -954,6 +955,7 @@ class AsenaServer:
         Args:
             path: A namespace's path, with a query string if need be.
             headers: Headers of the handshake.
+            subprotocols: WebSocket subprotocols to offer, the preferred one first.
             timeout: Seconds, for the handshake and as the default of every later wait of the client.
             ssl_options: An ``ssl.SSLContext`` of the client's side, for a server with TLS.
 
@@ -969,7 +971,7 @@ class AsenaServer:
         url = self._address_of(path, self._local_base())
         if url.startswith("http"):
             url = "ws" + url.removeprefix("http")
-        return await connect(url, headers=headers, timeout=timeout, ssl_options=ssl_options)
+        return await connect(url, headers=headers, subprotocols=subprotocols, timeout=timeout, ssl_options=ssl_options)
 
     def override(self, target: Any, replacement: Any) -> Self:
         """Use ``replacement`` wherever ``target`` would be injected; for tests, before the start.

@@ -72,6 +72,7 @@ class Site:
         self.controllers = self._no_controllers()
         self._middleware: dict[str, Chain] = {}  # by the namespace's path
         self._protocols: dict[str, tuple[ProtocolName, ...]] = {}  # likewise
+        self._subprotocols: dict[str, tuple[str, ...]] = {}  # likewise
         self._door: LoopDoor | None = None
         self.outbox: Outbox | None = None
 
@@ -91,6 +92,7 @@ class Site:
                 namespace = Namespace(spec.path, hooks_of(instance), options=spec.options or self._options)
                 namespaces[spec.path] = namespace
                 self._protocols[spec.path] = spec.protocols
+                self._subprotocols[spec.path] = spec.subprotocols
                 if instance._namespace is None:
                     bind(instance, namespace)
                 if spec.middlewares:
@@ -158,6 +160,7 @@ class Site:
                     origins=self._origins,
                     middleware=self._middleware.get(path),
                     protocol=protocol,
+                    subprotocols=self._subprotocols[path],
                 )
                 if protocol == "plain" or len(self._protocols[path]) == 1:
                     self.endpoints[path] = endpoint

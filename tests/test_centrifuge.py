@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any, Literal
 
 import pytest
@@ -35,6 +37,8 @@ from asena_tornado import (
     WebSocketOptions,
     on,
 )
+from asena_tornado.cluster.envelope import EnvelopeError, message_header, parse_message_header
+from asena_tornado.connection import centrifuge
 from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_live_client import Driven
@@ -502,13 +506,13 @@ async def test_who_never_pongs_is_closed_however_busy() -> None:
 # -- rooms
 
 
-def pub(room: str, data: Any) -> dict[str, Any]:
-    return {"push": {"channel": room, "pub": {"data": data}}}
+def pub(room: str, data: Any, info: Any = None) -> dict[str, Any]:
+    return {"push": {"channel": room, "pub": {"data": data} | ({"info": info} if info else {})}}
 
 
 async def test_subscribing_publishing_and_leaving() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client, raw(server) as other:
-        await client.connect()
+        info = {"client": (await client.connect())["client"]}
         await other.connect()
         assert await client.ask({"subscribe": {"channel": "news"}, "id": 2}) == {"id": 2, "subscribe": {}}
         assert (await client.ask({"subscribe": {"channel": "news"}, "id": 3}))["error"]["code"] == 105
@@ -520,9 +524,9 @@ async def test_subscribing_publishing_and_leaving() -> None:
         }
         await other.ask({"subscribe": {"channel": "news"}, "id": 2})
         await client.say({"publish": {"channel": "news", "data": {"b": 1}}, "id": 7})
-        assert await client.hear() == pub("news", {"b": 1})  # the publisher is among those who get it
+        assert await client.hear() == pub("news", {"b": 1}, info)  # the publisher is among those who get it
         assert await client.hear() == {"id": 7, "publish": {}}
-        assert await other.hear() == pub("news", {"b": 1})
+        assert await other.hear() == pub("news", {"b": 1}, info)
         assert (await client.ask({"publish": {"channel": "other", "data": 1}, "id": 8}))["error"]["code"] == 103
         assert await client.ask({"publish": {"channel": "changed", "data": 1}, "id": 9}) == {"id": 9, "publish": {}}
         assert await client.ask({"unsubscribe": {"channel": "news"}, "id": 10}) == {"id": 10, "unsubscribe": {}}
@@ -655,10 +659,180 @@ async def test_pushes_and_replies_may_be_compressed(takeover: bool) -> None:
         await plain.close()
 
 
+# -- subscriptions that expire, and who has published
+
+
+class Guarded(AsenaWebSocketService):
+    """Lets in whom the token says: for how many seconds, and with which info."""
+
+    def __init__(self) -> None:
+        self.requests: list[SubscribeRequest] = []
+
+    async def on_subscribe(self, ws: Socket, room: str, request: SubscribeRequest) -> Any:
+        self.requests.append(request)
+        match request.token.split():
+            case ["seconds", seconds]:
+                return Subscription(expires_at=time.time() + float(seconds), data={"a": 1})
+            case ["busy"] if request.refresh:
+                raise CallError(111, "later", temporary=True)
+            case ["at", at]:
+                return Subscription(expires_at=datetime.fromisoformat(at))
+            case ["info", info]:
+                return Subscription(info={"name": info})
+            case ["late"]:
+                raise TokenExpired
+            case ["odd"]:
+                return Subscription(info=object())
+        return request.token != "no"
+
+    def on_publish(self, ws: Socket, room: str, data: Any) -> Any:
+        return {"changed": 1} if data == "change" else True
+
+    def on_message(self, ws: Socket, message: str) -> None:
+        match message.split():
+            case ["in", room]:
+                ws.subscribe(room)
+            case ["out", room]:
+                ws.unsubscribe(room)
+            case ["to", room]:
+                self.to(room, "by the service")
+
+    def on_error(self, ws: Socket, error: BaseException) -> None:
+        pass
+
+
+@WebSocket("/x")
+class Guard(Guarded):
+    pass
+
+
+def subscribe(number: int, token: str = "", room: str = "news") -> dict[str, Any]:
+    return {"subscribe": {"channel": room, "token": token}, "id": number}
+
+
+def refresh(number: int, token: str, room: str = "news") -> dict[str, Any]:
+    return {"sub_refresh": {"channel": room, "token": token}, "id": number}
+
+
+async def test_a_subscription_that_expires_is_refreshed_with_a_new_token() -> None:
+    async with AsenaServer(Guard, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        reply = await client.ask(subscribe(2, "seconds 100.9"))
+        assert reply == {"id": 2, "subscribe": {"expires": True, "ttl": 100, "data": {"a": 1}}}
+        assert (await client.ask(refresh(3, "seconds 1000.9")))["sub_refresh"] == {"expires": True, "ttl": 1000}
+        assert (await client.ask(refresh(4, "seconds 0.5")))["sub_refresh"] == {"expires": True, "ttl": 1}
+        assert chat(server, "/x").requests[1] == SubscribeRequest("seconds 1000.9", None, refresh=True)
+        # What on_subscribe says counts, also that it does not expire any more.
+        assert (await client.ask(refresh(5, "yes")))["sub_refresh"] == {}
+        assert (await client.ask(subscribe(6, "at 2099-01-01T00:00:00+00:00", "far")))["subscribe"]["ttl"] > 10**9
+
+
+@pytest.mark.parametrize(
+    ("token", "code"), [("no", 103), ("late", 109), ("seconds -1", 110), ("odd", 100), ("at 2026-01-01T00:00:00", 100)]
+)
+async def test_a_subscription_or_its_refresh_may_be_refused(token: str, code: int) -> None:
+    async with AsenaServer(Guard, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        assert (await client.ask(subscribe(2, token)))["error"]["code"] == code
+        assert (await client.ask(refresh(3, "seconds 100")))["error"]["code"] == 103  # it is not in the room
+        await client.ask(subscribe(4, "seconds 100"))
+        assert (await client.ask(refresh(5, token)))["error"]["code"] == code
+        assert (await client.ask(subscribe(6)))["error"]["code"] == 105  # it still is
+        await client.say(refresh(7, ""))
+        assert await client.closed() == (3501, "bad request")
+
+
+async def test_a_subscription_that_nobody_refreshes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(centrifuge, "_GRACE", 0.0)
+    async with AsenaServer(Guard, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        await client.ask(subscribe(2, "seconds 1000", "long"))
+        await client.ask(subscribe(3, "seconds 0.1"))
+        ended = {"push": {"channel": "news", "unsubscribe": {"code": 2501, "reason": "subscription expired"}}}
+        assert await client.hear() == ended
+        (socket,) = server.namespaces["/x"].sockets.values()
+        assert socket.rooms == {"long"}
+        # It may come back, and refresh in time.
+        await client.ask(subscribe(4, "seconds 0.1"))
+        await client.ask(refresh(5, "seconds 1000"))
+        await client.ask(subscribe(6, "seconds 0.2", "other"))
+        assert (await client.hear())["push"]["channel"] == "other"
+        assert socket.rooms == {"long", "news"}
+
+
+async def test_a_subscription_that_has_ended_otherwise_does_not_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(centrifuge, "_GRACE", 0.0)
+    async with AsenaServer(Guard, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        await client.ask(subscribe(2, "seconds 0.1", "left"))
+        await client.ask(subscribe(3, "seconds 0.1", "taken"))
+        await client.ask({"unsubscribe": {"channel": "left"}, "id": 4})
+        await client.ask(subscribe(5, "", "left"))
+        await client.say({"send": {"data": "out taken"}}, {"send": {"data": "in taken"}})
+        assert [list((await client.hear())["push"]) for _ in range(2)] == [
+            ["channel", "unsubscribe"],
+            ["channel", "subscribe"],
+        ]
+        await client.ask(subscribe(6, "seconds 0.2", "last"))
+        assert (await client.hear())["push"]["channel"] == "last"
+        (socket,) = server.namespaces["/x"].sockets.values()
+        assert socket.rooms == {"left", "taken"}
+
+
+def test_when_a_subscription_expires_has_to_be_a_moment() -> None:
+    for wrong in (datetime(2026, 1, 1), float("nan"), float("inf"), True, "tomorrow"):  # noqa: DTZ001
+        with pytest.raises(ValueError, match="time zone"):
+            Subscription(expires_at=wrong)  # type: ignore[arg-type]
+
+
+async def test_a_publication_says_which_client_has_published_it() -> None:
+    async with (
+        AsenaServer(Guard, port=0, transport=LocalTransport("info")) as here,
+        AsenaServer(Guard, port=0, transport=LocalTransport("info")) as there,
+        raw(here, "/x") as publisher,
+        raw(here, "/x") as near,
+        raw(there, "/x") as far,
+    ):
+        client = (await publisher.connect())["client"]
+        plain = await here.connect("/x")
+        await plain.send("in news")
+        await publisher.ask(subscribe(2, "info ann"))
+        for other in (near, far):
+            await other.connect()
+            await other.ask(subscribe(2, "info bob"))
+        info = {"client": client, "chan_info": {"name": "ann"}}
+        for number, data in enumerate(({"a": 1}, "text", "change", {"base64": "AA=="}), 3):
+            await publisher.say({"publish": {"channel": "news", "data": data}, "id": number})
+            told = {"changed": 1} if data == "change" else data
+            for each in (publisher, near, far):
+                assert await each.hear() == pub("news", told, info)
+            await publisher.hear()
+        assert [await plain.recv() for _ in range(4)] == ['{"a":1}', "text", '{"changed":1}', b"\x00"]
+        # In a room it has not asked for, there is only its id; what the service sends has none.
+        await publisher.say({"publish": {"channel": "other", "data": 1}, "id": 8}, {"send": {"data": "in other"}})
+        await publisher.hear()
+        await publisher.hear()
+        await publisher.say({"publish": {"channel": "other", "data": 1}, "id": 9}, {"send": {"data": "to other"}})
+        assert (await publisher.hear())["push"]["pub"] == {"data": 1, "info": {"client": client}}
+        await publisher.hear()
+        assert await publisher.hear() == pub("other", "by the service")
+        await plain.close()
+
+
+def test_an_older_node_that_knows_no_info_still_understands_the_header() -> None:
+    header = message_header("/x", ("news",), (), 1, True, b'{"client":"c"}')
+    parsed = parse_message_header(header)
+    assert (parsed.path, parsed.rooms, parsed.is_json) == ("/x", ("news",), True)
+    assert parsed.info == {"client": "c"}
+    assert parse_message_header(message_header("/x", ("news",), (), 1)).info is None
+    with pytest.raises(EnvelopeError):
+        parse_message_header(b'{"path":"/x","rooms":["news"],"opcode":1,"info":"evil"}')
+
+
 # -- what is not there, and what is wrong
 
 
-@pytest.mark.parametrize("kind", ["presence", "presence_stats", "history", "sub_refresh", "refresh"])
+@pytest.mark.parametrize("kind", ["presence", "presence_stats", "history", "refresh"])
 async def test_what_is_not_available_says_so(kind: str) -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         await client.connect()
@@ -896,7 +1070,7 @@ async def test_what_another_node_publishes_is_a_string_or_json_as_there() -> Non
         AsenaServer(Chat, port=0, transport=LocalTransport("centrifuge")) as there,
         raw(here) as client,
     ):
-        await client.connect()
+        info = {"client": (await client.connect())["client"]}
         for number, room in enumerate(("news", "sports"), 2):
             await client.ask({"subscribe": {"channel": room}, "id": number})
         plain = await here.connect("/chat?room=news")
@@ -916,7 +1090,7 @@ async def test_what_another_node_publishes_is_a_string_or_json_as_there() -> Non
             await other.connect()
             await other.ask({"subscribe": {"channel": "news"}, "id": 2})
             await client.ask({"publish": {"channel": "news", "data": {"b": 2}}, "id": 9})
-            assert await other.hear() == pub("news", {"b": 2})
+            assert await other.hear() == pub("news", {"b": 2}, info)
 
 
 async def test_clients_stay_when_the_code_is_replaced() -> None:
@@ -957,7 +1131,9 @@ async def through_everything(client: Client, server: AsenaServer) -> None:
     assert subscribed["data"] == {"token": "t", "data": None}
     await client.subscribed("news")
     await client.do("publish", {"a": 1}, room="news")
-    assert (await client.event("publication", "news"))["data"] == {"a": 1}
+    published = await client.event("publication", "news")
+    assert published["data"] == {"a": 1}
+    assert published["info"]["client"] in server.namespaces["/chat"].sockets
     chat(server).to("news", "text")
     assert (await client.event("publication", "news"))["data"] == "text"
     await client.do("rpc", "", "join")
@@ -987,18 +1163,41 @@ async def through_everything(client: Client, server: AsenaServer) -> None:
     client.settled_once()
 
 
-async def test_live_client() -> None:
+async def through_an_expiring_subscription(client: Client, server: AsenaServer) -> None:
+    await client.do("new", server.client_url("/x"), {})
+    await client.do("connect")
+    await client.event("connected")
+    await client.subscribed("news", tokens=["seconds 1", "seconds 1000"])
+    # Who cannot refresh in time is taken out, and comes back by itself.
+    await client.subscribed("late", tokens=["seconds 1", "busy"])
+    out = await client.event("subscribing", "late", code=2501)
+    assert out["reason"] == "subscription expired"
+    await client.event("subscribed", "late")
+    requests = chat(server, "/x").requests
+    async with asyncio.timeout(10):
+        while SubscribeRequest("seconds 1000", refresh=True) not in requests:  # noqa: ASYNC110  # when it has expired
+            await asyncio.sleep(0.05)
+    assert not client.seen("unsubscribed", room="news")
+
+
+async def test_live_client(monkeypatch: pytest.MonkeyPatch) -> None:
     async with AsenaServer(Chat, port=0) as server:
         client = Driven()
         await through_everything(client, server)
+    monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
+    async with AsenaServer(Guard, port=0) as server:
+        await through_an_expiring_subscription(Driven(), server)
 
 
 @pytest.mark.js
 @pytest.mark.parametrize("which", ["asena.js", "the SDK"])
-async def test_in_node(which: str, packages: Any) -> None:
+async def test_in_node(which: str, packages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ASENA if which == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
     async with AsenaServer(Chat, port=0) as server, node(module, packages) as client:
         await through_everything(client, server)
+    monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
+    async with AsenaServer(Guard, port=0) as server, node(module, packages) as client:
+        await through_an_expiring_subscription(client, server)
 
 
 async def test_live_client_gets_a_new_token_where_the_old_one_has_expired() -> None:

@@ -15,6 +15,7 @@ from tornado.web import Application
 from asena_tornado import (
     AsenaServer,
     AsenaWebSocketService,
+    ConfigurationError,
     Controller,
     Middleware,
     Post,
@@ -94,6 +95,110 @@ def test_neither_subprotocol_nor_extension_is_agreed_on_unasked(server, wires):
     head = wires.dial(server).request("/echo", offers)
     assert b"Sec-WebSocket-Protocol" not in head
     assert b"Sec-WebSocket-Extensions" not in head
+
+
+@Middleware()
+class Open:
+    """Lets everybody in, by the general way through Tornado."""
+
+    async def handle(self, context, next):
+        return await next()
+
+
+@WebSocket("/spoken", subprotocols=("graphql-ws", "chat.v2"))
+class Spoken(AsenaWebSocketService):
+    def on_message(self, ws, message: str):
+        ws.send(f"{ws.subprotocol}")
+
+
+@WebSocket("/general", subprotocols=("graphql-ws", "chat.v2"), middlewares=[Open])
+class General(Spoken):
+    pass
+
+
+@pytest.fixture(scope="module")
+def speaking() -> Iterator[AsenaServer]:
+    with AsenaServer(Spoken, General, port=0, options=OPTIONS) as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", ["/spoken", "/general"])
+@pytest.mark.parametrize(
+    ("offer", "agreed"),
+    [
+        ("graphql-ws", "graphql-ws"),
+        ("unknown, chat.v2,graphql-ws", "chat.v2"),  # the client's order
+        ("chat.v2\r\nSec-WebSocket-Protocol: graphql-ws", "chat.v2"),  # in two lines
+        ("unknown", None),
+        ("GRAPHQL-WS", None),
+        (", ;=\t,,", None),
+        (None, None),
+    ],
+)
+def test_the_first_subprotocol_of_the_client_that_is_spoken_is_agreed_on(speaking, wires, path, offer, agreed):
+    wire = wires.dial(speaking)
+    head = wire.request(path, {"Sec-WebSocket-Protocol": offer})
+    assert status(head) == 101
+    found = [line for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-protocol:")]
+    assert found == ([f"Sec-WebSocket-Protocol: {agreed}".encode()] if agreed else [])
+    wire.send("which?")
+    assert wire.read() == str(agreed)
+
+
+async def test_our_client_offers_subprotocols():
+    async with AsenaServer(Spoken, port=0) as server:
+        client = await server.connect("/spoken", subprotocols=["chat.v2", "graphql-ws"])
+        assert client.subprotocol == "chat.v2"
+        await client.send("which?")
+        assert await client.recv() == "chat.v2"
+        await client.close()
+        assert client.subprotocol == "chat.v2"
+        async with await server.connect("/spoken") as client:
+            assert client.subprotocol is None
+
+
+@pytest.mark.parametrize(
+    ("offer", "answer"),
+    [
+        ("centrifuge-protobuf", 400),
+        ("centrifuge-protobuf, centrifuge-json", 101),
+        ("centrifuge-json", 101),
+        ("graphql-ws", 101),
+        (None, 101),
+    ],
+)
+def test_centrifuge_clients_speak_json(speaking, wires, offer, answer):
+    wire = wires.dial(speaking)
+    head = wire.request("/spoken/connection/websocket", {"Sec-WebSocket-Protocol": offer})
+    assert status(head) == answer
+    assert (b"\r\nSec-WebSocket-Protocol: centrifuge-json\r\n" in head) is ("json" in (offer or ""))
+    assert head.count(b"Sec-WebSocket-Protocol") == ("json" in (offer or ""))
+    if answer == 400:
+        assert b"speaks the JSON form of the Centrifuge protocol only" in wire.rest()
+
+
+def test_a_subprotocol_lasts_when_the_code_is_replaced(wires):
+    with AsenaServer(Spoken, port=0, options=OPTIONS) as old:
+        wire = wires.connect(old, "/spoken", {"Sec-WebSocket-Protocol": "chat.v2"})
+
+        @WebSocket("/spoken")
+        class Newer(Spoken):
+            pass
+
+        with AsenaServer(Newer, port=old.port, options=OPTIONS) as new:
+            wire.send("which?")
+            assert wire.read() == "chat.v2"
+            assert b"Sec-WebSocket-Protocol" not in wires.dial(new).request(
+                "/spoken", {"Sec-WebSocket-Protocol": "chat.v2"}
+            )
+
+
+@pytest.mark.parametrize("subprotocols", ["graphql-ws", ("a b",), ("",), ("a,b",), (5,), None])
+def test_a_subprotocol_needs_a_name(subprotocols):
+    with pytest.raises(ConfigurationError, match="subprotocols takes names"):
+        WebSocket("/x", subprotocols=subprotocols)
+    with pytest.raises(ConfigurationError, match="are for plain clients"):
+        WebSocket("/x", protocols=("centrifuge",), subprotocols=("graphql-ws",))
 
 
 def test_frames_that_come_along_with_the_handshake_are_read(server, wires):

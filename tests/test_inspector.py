@@ -18,6 +18,7 @@ from asena_tornado import (
     AsenaServer,
     AsenaWebSocketService,
     EncodeError,
+    LocalTransport,
     NamespaceNotFoundError,
     RoomNameError,
     ServerStateError,
@@ -27,6 +28,9 @@ from asena_tornado import (
     WebSocketOptions,
 )
 from asena_tornado.inspector import Inspector
+from asena_tornado.inspector.view import View
+from tests.test_calls import Base, rpc, service, told
+from tests.test_centrifuge import raw
 
 
 class Person(BaseModel):
@@ -54,6 +58,11 @@ class News(AsenaWebSocketService):
     def on_open(self, ws: Socket) -> None:
         ws.subscribe("general")
         ws.send("welcome")
+
+
+@WebSocket("/x", subprotocols=("graphql-ws",))
+class Calls(Base):
+    pass
 
 
 Join = Callable[..., Awaitable[ClientConnection]]
@@ -426,3 +435,52 @@ async def test_tables_for_pandas_have_a_row_per_socket() -> None:
         assert list(rooms["room"]) == ["tech", "tech"]
         server.inspector.in_("bye")
         assert list(server.inspector["/chat"].rooms["tech"].to_pandas()["messages_out"]) == [2, 2]
+
+
+async def test_it_shows_what_a_client_speaks_which_sdk_it_is_and_which_calls_run() -> None:
+    async with (
+        AsenaServer(Calls, port=0, transport=LocalTransport("spoken")) as server,
+        AsenaServer(Calls, port=0, transport=LocalTransport("spoken")) as other,
+        raw(server, "/x") as client,
+        await server.connect("/x", subprotocols=["graphql-ws"]),
+    ):
+        await client.say({"connect": {"name": "js", "version": "5.8.0" + "x" * 100}, "id": 12})
+        id = (await client.hear())["connect"]["client"]
+        await client.say(rpc(13, "slow", "a"), rpc(14, "slow", "b"))
+        assert [await told(server) for _ in range(2)] == ["began a", "began b"]
+        version = "5.8.0" + "x" * 58 + "…"
+        both = server.inspector.sockets
+        plain = next(each for each in both.values() if each.id != id)
+        assert (plain.protocol, plain.subprotocol, plain.client_name, plain.pending_calls) == (
+            "plain",
+            "graphql-ws",
+            "",
+            0,
+        )
+        for socket in (both[id], (await other.inspector.cluster.sockets())[id]):
+            assert (socket.protocol, socket.client_name, socket.client_version) == ("centrifuge", "js", version)
+            assert (socket.reconnected, socket.pending_calls) == (True, 2)
+            assert socket.spoken == f"centrifuge (js {version}, reconnected)"
+            assert "<td>js</td>" in socket._repr_html_()
+        table = both._repr_html_()
+        assert f"<td>centrifuge (js {version}, reconnected)</td>" in table
+        assert "<td>plain (graphql-ws)</td>" in table
+        found = await View(server._desk).answer({"do": "look", "search": "centrifuge js", "socket": id})
+        assert [each["id"] for each in found["sockets"]] == [id]
+        assert (found["socket"]["protocol"], found["socket"]["pending_calls"]) == (both[id].spoken, 2)
+        service(server).release.set()
+        await client.hear()
+        await client.hear()
+        assert server.inspector.sockets[id].pending_calls == 0
+
+
+async def test_a_first_connection_is_no_reconnection_and_a_name_is_a_string() -> None:
+    async with AsenaServer(Calls, port=0) as server:
+        async with raw(server, "/x") as client:
+            await client.connect()
+            (socket,) = server.inspector.sockets.values()
+            assert (socket.client_name, socket.client_version, socket.reconnected) == ("", "", False)
+            assert socket.spoken == "centrifuge"
+        async with raw(server, "/x") as client:
+            await client.say({"connect": {"name": 5}, "id": 1})
+            assert await client.closed() == (3501, "bad request")

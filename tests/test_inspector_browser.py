@@ -92,6 +92,16 @@ async def test_the_page_shows_clients_coming_talking_and_going() -> None:
         await page.get_by_role("listitem").filter(has_text="closed with 4000: enough").wait_for()
 
 
+async def test_the_page_shows_what_a_client_speaks() -> None:
+    async with browsing() as (server, page), connect(server.client_url("/chat")) as ann:
+        await ann.send('{"connect":{"name":"js","version":"5.8.0","data":{"username":"Ann"}},"id":12}')
+        await page.get_by_role("cell", name="centrifuge (js 5.8.0, reconnected)").wait_for()
+        await page.get_by_role("row", name="username: Ann").get_by_role("button").click()
+        details = page.get_by_role("region", name="Socket ", exact=False).filter(has_text="Close details")
+        await details.get_by_text("centrifuge (js 5.8.0, reconnected)").wait_for()
+        await details.get_by_text("0 handlers").wait_for()
+
+
 async def test_what_is_pressed_and_typed_there_happens_to_the_clients() -> None:
     async with browsing() as (server, page):
         ann, bea = await welcomed(server, "username=Ann&room=tech"), await welcomed(server, "username=Bea")

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from tornado.httpclient import HTTPClientError, HTTPRequest
@@ -30,10 +30,13 @@ class Client:
 
     Attributes:
         url: The address it is connected to.
+        subprotocol: The WebSocket subprotocol that the server has chosen among those offered; None if it has chosen
+            none.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url
+        self.subprotocol: str | None = None
         self._timeout = timeout
         self._door = LoopDoor(asyncio.get_running_loop())
         self._connection: WebSocketClientConnection | None = None
@@ -53,6 +56,7 @@ class Client:
 
     def _connected(self, connection: WebSocketClientConnection) -> Client:
         self._connection = connection
+        self.subprotocol = connection.selected_subprotocol
         if self._over:
             connection.close()
         return self
@@ -169,7 +173,12 @@ class Client:
 
 
 async def connect(
-    url: str, *, headers: Mapping[str, str] | None = None, timeout: float = _DEFAULT_TIMEOUT, ssl_options: Any = None
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    subprotocols: Sequence[str] = (),
+    timeout: float = _DEFAULT_TIMEOUT,
+    ssl_options: Any = None,
 ) -> Client:
     """Connect to a WebSocket server.
 
@@ -181,6 +190,8 @@ async def connect(
     Args:
         url: The address, ``ws://…`` or ``wss://…``.
         headers: Headers of the handshake.
+        subprotocols: WebSocket subprotocols to offer, the preferred one first; `Client.subprotocol` is the one that the
+            server has chosen.
         timeout: Seconds, for the handshake and as the default of every later wait.
         ssl_options: An ``ssl.SSLContext`` of the client's side, for ``wss://``.
 
@@ -199,8 +210,8 @@ async def connect(
         url, headers=dict(headers or {}), connect_timeout=timeout, request_timeout=timeout, ssl_options=ssl_options
     )
     if in_cell():
-        return await client_thread().door.acall(lambda: _connect(request, timeout))
-    return await _connect(request, timeout)
+        return await client_thread().door.acall(lambda: _connect(request, subprotocols, timeout))
+    return await _connect(request, subprotocols, timeout)
 
 
 @functools.cache
@@ -209,12 +220,17 @@ def client_thread() -> LoopThread:
     return LoopThread("asena-clients").start()
 
 
-async def _connect(request: HTTPRequest, timeout: float) -> Client:
+async def _connect(request: HTTPRequest, subprotocols: Sequence[str], timeout: float) -> Client:
     url = request.url
     client = Client(url, timeout)
     arrived = client._arrived  # noqa: SLF001  # not for users
     try:
-        opening = websocket_connect(request, on_message_callback=arrived, max_message_size=_MAX_MESSAGE_SIZE)
+        opening = websocket_connect(
+            request,
+            on_message_callback=arrived,
+            max_message_size=_MAX_MESSAGE_SIZE,
+            subprotocols=list(subprotocols) or None,
+        )
         connection = await asyncio.wait_for(opening, timeout)
     except HTTPClientError as error:
         if error.code == 599:

@@ -267,7 +267,7 @@ class Cluster:
         copy = 0
         if len(channels) > 1:
             copy = self._copies = self._copies + 1
-        header = message_header(path, rooms, excluded, message.opcode, message.is_json)
+        header = message_header(path, rooms, excluded, message.opcode, message.is_json, message.info)
         taken = not self._foreign
         for channel in channels:
             numbers = self._outgoing.next(channel)
@@ -368,7 +368,7 @@ class Cluster:
             rooms and (channel == f"{path}#{rooms[0]}" or any(channel == channel_of(path, room) for room in rooms[1:]))
         ):
             raise EnvelopeError(f"it says that it is for {path!r}, {rooms}")
-        message = message_of(header.opcode, envelope.body, header.is_json)
+        message = message_of(header.opcode, envelope.body, header.is_json, header.info)
         missed = self._incoming.arrived(channel, envelope.node, envelope.epoch, envelope.sequence)
         if missed:
             if missed == UNWANTED:

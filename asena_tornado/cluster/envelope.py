@@ -11,12 +11,12 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from ..websocket.messages import BINARY, Message
+from ..websocket.messages import BINARY, Message, Publication
 
 VERSION = 2  # of the format that is written here
 _READABLE_FROM = 2  # the oldest release that can read it; higher than before only when an old one would misread it
@@ -90,6 +90,7 @@ class MessageHeader(_Header):
     excluded: tuple[str, ...] = ()
     opcode: Literal[0x1, 0x2]
     is_json: bool = False  # the text is JSON (see `Message.is_json`); nodes of older releases do not say
+    info: dict[str, Any] | None = None  # which client has published it (see `Message.info`); likewise
 
 
 class Departed(_Header):
@@ -206,9 +207,16 @@ def _check_version(payload: bytes) -> None:
 
 
 def message_header(
-    path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool = False
+    path: str,
+    rooms: tuple[str, ...] | None,
+    excluded: tuple[str, ...],
+    opcode: int,
+    is_json: bool = False,
+    info: bytes | None = None,
 ) -> bytes:
-    """`MessageHeader` as JSON; most messages have the same as one before."""
+    """`MessageHeader` as JSON; most messages have the same as one before. ``info`` is JSON already."""
+    if info is not None:
+        return _header(path, rooms, excluded, opcode, is_json)[:-1] + b',"info":' + info + b"}"
     if excluded or (rooms is not None and len(rooms) > 1):
         return _header(path, rooms, excluded, opcode, is_json)
     return _cached_header(path, rooms, opcode, is_json)
@@ -244,14 +252,17 @@ def parse(model: type[M], header: bytes) -> M:
         raise EnvelopeError(f"invalid {model.__name__}: {found}") from None
 
 
-def message_of(opcode: int, body: bytes, is_json: bool = False) -> Message:
+def message_of(opcode: int, body: bytes, is_json: bool = False, info: dict[str, Any] | None = None) -> Message:
     """The message for local sockets. Text that is not UTF-8 would make every client close its connection."""
     if opcode != BINARY:
         try:
             str(body, "utf-8")
         except UnicodeDecodeError as error:
             raise EnvelopeError(f"text is not UTF-8: {error}") from None
-    return Message(opcode, body, is_json=is_json and opcode != BINARY)
+    is_json = is_json and opcode != BINARY
+    if info is not None:
+        return Publication(opcode, body, is_json=is_json, info=to_json(info, inf_nan_mode="null"))
+    return Message(opcode, body, is_json=is_json)
 
 
 __all__ = [

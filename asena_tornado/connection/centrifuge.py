@@ -23,12 +23,14 @@ from ..errors import (
     InvalidMessageError,
     RoomLimitError,
     RoomNameError,
+    TokenExpired,
     must_propagate,
     shortened,
 )
 from ..web.http import Answered, Context, Response, make_response
+from ..websocket.calls import Handler
 from ..websocket.hooks import SubscribeRequest, Subscription
-from ..websocket.messages import TEXT, Message, bytes_of, encode, frame
+from ..websocket.messages import TEXT, Message, Publication, bytes_of, encode, frame
 from ..websocket.sockets import ProtocolName, ReadyState
 from .connection import Connection
 from .dispatch import Dispatch
@@ -36,8 +38,8 @@ from .dispatch import Dispatch
 log = logging.getLogger("asena_tornado")
 
 # Codes of errors, with Go's texts.
-INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, EXPIRED, TOO_MANY = (
-    100, 101, 103, 104, 105, 106, 107, 108, 109, 111,
+INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, TOKEN_EXPIRED, EXPIRED, TOO_MANY = (
+    100, 101, 103, 104, 105, 106, 107, 108, 109, 110, 111,
 )  # fmt: skip
 _TEXTS = {
     INTERNAL: "internal server error",
@@ -47,7 +49,8 @@ _TEXTS = {
     LIMIT: "limit exceeded",
     BAD: "bad request",
     NOT_AVAILABLE: "not available",
-    EXPIRED: "token expired",
+    TOKEN_EXPIRED: "token expired",
+    EXPIRED: "expired",
     TOO_MANY: "too many requests",
 }
 _TEMPORARY = frozenset((INTERNAL, TOO_MANY))
@@ -68,6 +71,7 @@ _CLOSES = {
 }
 _REASONS = dict(_CLOSES.values()) | {3000: "connection closed", 3012: "no pong", 3502: "stale"}
 _UNSUBSCRIBED = b'{"code":2000,"reason":"server unsubscribe"}'
+_SUBSCRIPTION_EXPIRED = b'{"code":2501,"reason":"subscription expired"}'
 
 # Of two requests in one command, the first of these counts, as in Go.
 _KINDS = (
@@ -79,10 +83,12 @@ _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
 _MAX_CREDENTIALS = 64 * 1024  # characters of a token and headers
+_MAX_NAME = 64  # characters of an SDK's name, and of its version
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
 _AT_ONCE = 64  # commands of one frame before others have a turn
 _HELD_CHECK = 0.5  # seconds
+_GRACE = 25.0  # seconds that a subscription lasts once it has expired: clients refresh it at that very moment
 
 
 class _BadRequest(Exception):
@@ -114,7 +120,7 @@ class Asked(Protocol):
 class CentrifugeConnection(Connection):
     """A connection that speaks the protocol. Its socket is admitted once the client has connected by a command."""
 
-    __slots__ = ("_handshake", "_last", "_session", "pings")
+    __slots__ = ("_handshake", "_last", "_session", "client_name", "client_version", "pings", "reconnected")
 
     protocol: ClassVar[ProtocolName] = "centrifuge"
     _session: Session
@@ -124,6 +130,10 @@ class CentrifugeConnection(Connection):
         super().__init__(*args, **kwargs)
         self.coded = self.pushed = True
         self.pings = 0  # that are not answered
+        # As the client says when it connects: the SDK's name and version. An SDK goes on counting when it reconnects,
+        # so that a first command which is not its first one tells that it was connected before; how often is not known.
+        self.client_name = self.client_version = ""
+        self.reconnected = False
         # Where the last reply is owed, as what frame, and its text: the next one may join it.
         self._last: tuple[list[bytes], bytes, bytes] | None = None
 
@@ -246,6 +256,19 @@ _NEW, _CONNECTING, _OPENED, _REFUSED = range(4)
 _FAILED = object()
 
 
+class _Terms:
+    """On which a client is in a room: the ``info`` of what it publishes there, and the end of its subscription."""
+
+    __slots__ = ("info", "timer")
+
+    def __init__(self, info: bytes) -> None:
+        self.info = info  # JSON; empty if there is none
+        self.timer: asyncio.TimerHandle | None = None
+
+
+_NO_TERMS = _Terms(b"")
+
+
 class Session(Dispatch):
     """Obeys the client's commands, one after the other; the first has to be ``connect``."""
 
@@ -259,7 +282,7 @@ class Session(Dispatch):
         self._client = client
         self._handshake: Asked | None = handshake
         self._stage = _NEW
-        self._rooms: set[str] = set()  # that the client has asked for
+        self._rooms: dict[str, _Terms] = {}  # that the client has asked for
         self._own_room: str | None = None  # the one whose changes the reply tells
         self._timer_of_stale: asyncio.TimerHandle | None = None
 
@@ -299,6 +322,8 @@ class Session(Dispatch):
             await super()._serve()
         finally:
             self._not_stale()
+            for room in tuple(self._rooms):
+                self._discard(room)
             self._handling = self._namespace  # and no longer itself
             self._handshake = None
 
@@ -357,6 +382,11 @@ class Session(Dispatch):
         token, headers, data = _token(body), body.get("headers") or {}, body.get("data")
         if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
             raise _BadRequest("headers that are none")
+        name, version = body.get("name") or "", body.get("version") or ""
+        if not isinstance(name, str) or not isinstance(version, str):
+            raise _BadRequest("a name or version that is no string")
+        client.client_name, client.client_version = shortened(name, _MAX_NAME), shortened(version, _MAX_NAME)
+        client.reconnected = number > 1
         try:
             if len(token) + sum(len(name) + len(value) for name, value in headers.items()) > _MAX_CREDENTIALS:
                 raise Answered(make_response({"error": "the token and headers are too long"}, 400))
@@ -401,10 +431,16 @@ class Session(Dispatch):
         except BaseException as error:  # noqa: BLE001 - of the user's own validators, or that there is no such method
             await self._failed(number, error)
             return
-        result = await self._ask(number, handler, self._client.socket, value)
+        if handler.concurrent:
+            await self._begin(self._call, number, handler, value)
+        else:
+            await self._call(number, handler, value)
+
+    async def _call(self, number: int, handler: Handler, value: Any) -> None:
+        result = await self._ask(number, handler.call, self._client.socket, value)
         if number and result is not _FAILED:
             try:
-                text = encode(result).json
+                text = handler.encode(result).json
             except BaseException as error:  # noqa: BLE001 - likewise
                 await self._failed(number, error)
             else:
@@ -435,40 +471,99 @@ class Session(Dispatch):
         was_in = socket.is_subscribed(room)
         self._own_room = room
         try:
-            answer = await self._ask(number, hook, socket, room, SubscribeRequest(_token(body), body.get("data")))
-            allowed = answer is True or isinstance(answer, Subscription)
-            if self._client.state is not ReadyState.OPEN:
-                return
-            if allowed:
-                reply = _reply(number, "subscribe", await self._subscribed(number, answer))
+            answer = await self._allowed(
+                number, hook, socket, room, SubscribeRequest(_token(body), body.get("data")), with_data=True
+            )
+            if answer is not None:
+                result, terms, left = answer
                 self._namespace.join(socket, room)
-                self._rooms.add(room)
-                self._client.reply(reply)
-            elif answer is False or answer is None:
-                self._refuse(number, DENIED)
-            elif answer is not _FAILED:
-                await self._failed(
-                    number,
-                    TypeError(f"on_subscribe returns true, false or a Subscription, not {type(answer).__name__}"),
-                )
+                self._agree(room, terms, left)
+                self._client.reply(_reply(number, "subscribe", result))
         except RoomLimitError:
             self._refuse(number, LIMIT)
-        except _Answered:
-            pass
         finally:
             self._own_room = None
             if room not in self._rooms and socket.is_subscribed(room) and not was_in:
                 self.room_changed(room, True)  # by the hook itself
 
-    async def _subscribed(self, number: int, answer: Any) -> bytes:
-        """What the reply tells."""
-        if not isinstance(answer, Subscription) or answer.data is None:
-            return b"{}"
+    async def _allowed(
+        self, number: int, hook: Callable[..., Any], *args: Any, with_data: bool
+    ) -> tuple[bytes, _Terms, float | None] | None:
+        """What ``on_subscribe`` makes of it: the result to tell, the terms, and for how many seconds they hold.
+
+        None if it is refused, which is answered then.
+        """
+        answer = await self._ask(number, hook, *args)
+        if answer is _FAILED or self._client.state is not ReadyState.OPEN:
+            return None
+        if answer is True:
+            return b"{}", _NO_TERMS, None
+        if answer is False or answer is None:
+            self._refuse(number, DENIED)
+            return None
+        if not isinstance(answer, Subscription):
+            wrong = TypeError(f"on_subscribe returns true, false or a Subscription, not {type(answer).__name__}")
+            await self._failed(number, wrong)
+            return None
+        told = []
+        left = answer.expires_in
+        if left is not None:
+            if left <= 0:
+                self._refuse(number, EXPIRED)
+                return None
+            told.append(b'"expires":true,"ttl":%d' % max(1, int(left)))
         try:
-            return b'{"data":' + encode(answer.data).json + b"}"
+            if with_data and answer.data is not None:
+                told.append(b'"data":' + encode(answer.data).json)
+            info = b"" if answer.info is None else encode(answer.info).json
         except BaseException as error:  # noqa: BLE001 - what the hook returned cannot be sent
             await self._failed(number, error)
-        raise _Answered
+            return None
+        terms = _Terms(info) if info or left is not None else _NO_TERMS
+        return b"{" + b",".join(told) + b"}", terms, left
+
+    def _agree(self, room: str, terms: _Terms, left: float | None) -> None:
+        """The client is in the room on these terms, for ``left`` seconds."""
+        self._discard(room)
+        self._rooms[room] = terms
+        if left is not None:
+            terms.timer = self._loop.call_later(left + _GRACE, self._expired, room)
+
+    def _discard(self, room: str) -> None:
+        """The client is not in the room, or no longer because it has asked for it."""
+        terms = self._rooms.pop(room, _NO_TERMS)
+        if terms.timer is not None:
+            terms.timer.cancel()
+
+    def _expired(self, room: str) -> None:
+        self._discard(room)
+        if self._client.state is ReadyState.OPEN:
+            own, self._own_room = self._own_room, room
+            try:
+                self._namespace.leave(self._client.socket, room)
+            finally:
+                self._own_room = own
+            self._push(room, b'"unsubscribe":' + _SUBSCRIPTION_EXPIRED)
+
+    async def _sub_refresh(self, number: int, body: dict[str, Any]) -> None:
+        room, token = _channel(body), _token(body)
+        if not token:
+            raise _BadRequest("a refresh without a token")
+        hook = self._namespace.hooks.subscribe
+        if room not in self._rooms or hook is None:
+            self._refuse(number, DENIED)
+            return
+        answer = await self._allowed(
+            number, hook, self._client.socket, room, SubscribeRequest(token, refresh=True), with_data=False
+        )
+        if answer is None:
+            return
+        if room not in self._rooms:  # since it has been asked
+            self._refuse(number, DENIED)
+            return
+        result, terms, left = answer
+        self._agree(room, terms, left)
+        self._client.reply(_reply(number, "sub_refresh", result))
 
     async def _unsubscribe(self, number: int, body: dict[str, Any]) -> None:
         room = _channel(body)
@@ -479,7 +574,7 @@ class Session(Dispatch):
                 self._namespace.leave(socket, room)
             finally:
                 self._own_room = None
-        self._rooms.discard(room)
+        self._discard(room)
         self._client.reply(_reply(number, "unsubscribe", b"{}"))
 
     async def _publish(self, number: int, body: dict[str, Any]) -> None:
@@ -499,11 +594,21 @@ class Session(Dispatch):
             self._refuse(number, DENIED)
             return
         try:
-            self._namespace.to(room, data if answer is True else answer)
+            message = encode(data if answer is True else answer)
+            info = self._info(room)
+            self._namespace.publish_from(
+                room, Publication(message.opcode, message.payload, is_json=message.is_json, info=info)
+            )
         except BaseException as error:  # noqa: BLE001 - what the hook returned cannot be sent
             await self._failed(number, error)
         else:
             self._client.reply(_reply(number, "publish", b"{}"))
+
+    def _info(self, room: str) -> bytes:
+        """The ``ClientInfo`` of who publishes to the room."""
+        info = self._rooms.get(room, _NO_TERMS).info
+        more = b',"chan_info":' + info if info else b""
+        return b'{"client":"' + self._client.socket.id.encode() + b'"' + more + b"}"
 
     async def _refresh(self, number: int, body: dict[str, Any]) -> None:
         if not _token(body):
@@ -525,7 +630,7 @@ class Session(Dispatch):
         "rpc": _rpc,
         "send": _send,
         "refresh": _refresh,
-        "sub_refresh": _unavailable,
+        "sub_refresh": _sub_refresh,
     }
 
     # -- answers
@@ -548,6 +653,10 @@ class Session(Dispatch):
             log.info("%s: refused with %s", self._client.socket, error)
             if number:
                 self._refuse(number, error.code, error.message, error.temporary)
+            return
+        if isinstance(error, TokenExpired):
+            if number:
+                self._refuse(number, TOKEN_EXPIRED)
             return
         if number:
             self._refuse(number, INTERNAL)
@@ -575,13 +684,11 @@ class Session(Dispatch):
         """The socket is in the room, or has left it, and not because the client has asked for that."""
         if room == self._own_room:
             return
-        self._rooms.discard(room)
-        what = b'"subscribe":{}' if joined else b'"unsubscribe":' + _UNSUBSCRIBED
+        self._discard(room)
+        self._push(room, b'"subscribe":{}' if joined else b'"unsubscribe":' + _UNSUBSCRIBED)
+
+    def _push(self, room: str, what: bytes) -> None:
         self._client.reply(b'{"push":{"channel":' + json.dumps(room).encode() + b"," + what + b"}}")
-
-
-class _Answered(Exception):
-    """The client has its answer."""
 
 
 def _commands(data: str | bytes) -> Iterator[Any]:
@@ -622,7 +729,7 @@ def _error_of(response: Response) -> tuple[int, str]:
     """The code and text of the error for what middleware, or we, refuse a client with."""
     status = response.status
     if response.expired:
-        code = EXPIRED
+        code = TOKEN_EXPIRED
     elif status in (400, 422):
         code = BAD
     elif status >= 500:

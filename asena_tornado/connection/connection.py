@@ -76,6 +76,10 @@ class Connection:
     )
 
     protocol: ClassVar[ProtocolName] = "plain"
+    subprotocol: str | None = None  # see `SubprotocolConnection`
+    client_name: str = ""  # see `CentrifugeConnection`
+    client_version: str = ""
+    reconnected: bool = False
 
     def __init__(
         self,
@@ -314,6 +318,11 @@ class Connection:
         return self._dispatch.messages_in
 
     @property
+    def pending_calls(self) -> int:
+        """How many of its handlers run."""
+        return self._dispatch.pending_calls
+
+    @property
     def message_at(self) -> float:
         """When the last one came, by the loop's time."""
         return self._dispatch.message_at
@@ -491,6 +500,16 @@ class Connection:
             return
         with contextlib.suppress(OSError):
             self.channel.resume()
+
+
+class SubprotocolConnection(Connection):
+    """A connection with a subprotocol. The others need not have room for its name."""
+
+    __slots__ = ("subprotocol",)
+
+    def __init__(self, *args: Any, subprotocol: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.subprotocol = subprotocol
 
 
 def _fitting(data: bytes, room: int) -> tuple[bytes, int]:

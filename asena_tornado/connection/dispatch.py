@@ -1,4 +1,7 @@
-"""From the inbox to the hooks: one task per connection hands its service one message at a time."""
+"""From the inbox to the hooks: one task per connection hands its service one message at a time.
+
+Handlers that are concurrent run in tasks beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import asyncio
 import contextvars
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from inspect import isawaitable, iscoroutine
 from typing import Any, Protocol
 
 from ..errors import InvalidMessageError, SocketClosedError, bounded, must_propagate
 from ..hosting import pass_interrupt_on
+from ..websocket.calls import Concurrent
 from ..websocket.door import serving
 from ..websocket.events import one_line
 from ..websocket.namespace import Namespace
@@ -75,6 +79,18 @@ class Handlers(Protocol):
         ...
 
 
+class _Beside:
+    """What runs beside a connection's task: other hooks, and calls of concurrent handlers. Made when there is any."""
+
+    __slots__ = ("calls", "cleared", "ended", "hooks")
+
+    def __init__(self) -> None:
+        self.hooks: set[asyncio.Future[Any]] = set()
+        self.calls: set[asyncio.Task[None]] = set()
+        self.ended: asyncio.Future[None] | None = None  # for who waits until one of the calls has ended
+        self.cleared = False  # nothing that waits is to begin any more
+
+
 class Dispatch:
     """Runs the hooks for one connection: ``on_open``, then each message in order, then ``on_close``."""
 
@@ -126,7 +142,7 @@ class Dispatch:
         self._stopping = False
         self._done: tuple[Callable[[], None], float] | None = None  # see `when_done`, and the loop's time
         self._timer: asyncio.TimerHandle | None = None
-        self._background: set[asyncio.Future[Any]] | None = None
+        self._background: _Beside | None = None
         self.messages_in = 0
         self.message_at = loop.time()
         self.last_error: str | None = None
@@ -167,7 +183,7 @@ class Dispatch:
     def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""
         # A flood of pings must not become a flood of tasks.
-        if hook is None or (self._background and len(self._background) >= self._options.max_queued_messages):
+        if hook is None or (self._background and len(self._background.hooks) >= self._options.max_queued_messages):
             return
         if self._beside is None:
             # Of its own, as all sockets are read in one context: one client's variables are not another's.
@@ -194,6 +210,12 @@ class Dispatch:
         return bool(self._inbox)
 
     @property
+    def pending_calls(self) -> int:
+        """How many handlers run."""
+        busy = self._task is not None and self._wake is None
+        return busy + (0 if self._background is None else len(self._background.calls))
+
+    @property
     def ended(self) -> bool:
         """Whether ``on_close`` has run."""
         return self._task is None
@@ -203,14 +225,18 @@ class Dispatch:
         self._inbox.clear()
         self.size = 0
         self._full = False
+        if self._background is not None:
+            self._background.cleared = True
 
     def when_done(self, act: Callable[[], None], grace: float) -> None:
         """Act once the handler is done with what has arrived, after ``grace`` seconds at most."""
         self._done = act, self._loop.time() + grace
         if self._wake is not None and not self._inbox:
-            act()
-        else:
-            self._timer = self._loop.call_later(grace, self._now_done)
+            if not self._has_calls:
+                act()
+                return
+            self._awake()
+        self._timer = self._loop.call_later(grace, self._now_done)
 
     def _now_done(self) -> None:
         assert self._done is not None
@@ -219,17 +245,21 @@ class Dispatch:
 
     def end(self) -> None:
         """No more messages will come. Let the handler finish those that came, within ``handler_grace``."""
-        if self._wake is not None:
-            if not self._wake.done():
-                self._wake.set_result(None)
-            self._wake = None
-        elif not self._stopping and self._task is not None:
+        idle = self._wake is not None and not self._has_calls
+        self._awake()
+        if not idle and not self._stopping and self._task is not None:
             grace = self._options.handler_grace
             if self._done is not None:
                 grace = max(0.0, self._done[1] - self._loop.time())  # what is left of it
                 self._stop_timer()
             self._timer = self._loop.call_later(grace, self._cancel_late_handler)
         self._stopping = True
+
+    def _awake(self) -> None:
+        if self._wake is not None:
+            if not self._wake.done():
+                self._wake.set_result(None)
+            self._wake = None
 
     def _cancel_late_handler(self) -> None:
         if self._task is not None:
@@ -260,10 +290,11 @@ class Dispatch:
                 self._wake = None
                 self._source.close(1001, "going away")
                 asyncio.current_task().uncancel()  # type: ignore[union-attr]  # a coroutine of a task has one
+                await self._cancel_calls()
             self._stop_timer()
             await self._run_on_close()
         finally:
-            for task in self._background or ():
+            for task in () if self._background is None else self._background.hooks:
                 task.cancel()
             self._task = None
             self._source.handled()
@@ -295,19 +326,82 @@ class Dispatch:
                 hooks = handling.hooks
                 try:
                     result = hooks.message(socket, hooks.decode(data))
-                    if result is not None and isawaitable(result):
-                        await result
+                    if result is not None:
+                        if type(result) is Concurrent:
+                            await self._begin(self._handle, result)
+                        elif isawaitable(result):
+                            await result
                 except InvalidMessageError as error:
                     self._note(error)
                     await self._run(self._namespace.hooks.invalid, socket, error)
                 except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
                     await self._handler_failed(error)
+            if self._done is not None or self._stopping:
+                while self._has_calls:
+                    await self._one_call_ended()
+                if inbox:
+                    continue
             if self._done is not None and source.state is ReadyState.OPEN:
                 self._now_done()
             if self._stopping:
                 return
             self._wake = self._loop.create_future()
             await self._wake
+
+    # -- calls of concurrent handlers
+
+    @property
+    def _has_calls(self) -> bool:
+        return self._background is not None and bool(self._background.calls)
+
+    async def _begin(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Do the work beside what comes next, once fewer calls than ``max_pending_calls`` run."""
+        if self._background is None:
+            self._background = _Beside()
+        calls = self._background.calls
+        while len(calls) >= self._options.max_pending_calls:
+            await self._one_call_ended()
+            if self._background.cleared:
+                return
+        task = self._loop.create_task(work(*args))
+        calls.add(task)
+        task.add_done_callback(self._call_ended)
+
+    def _call_ended(self, task: asyncio.Task[None]) -> None:
+        assert self._background is not None
+        self._background.calls.discard(task)
+        ended, self._background.ended = self._background.ended, None
+        if ended is not None and not ended.done():
+            ended.set_result(None)
+
+    async def _one_call_ended(self) -> None:
+        assert self._background is not None
+        ended = self._background.ended = self._loop.create_future()
+        await ended
+
+    async def _cancel_calls(self) -> None:
+        """Cancel them, and wait for their ends."""
+        while self._background is not None and self._background.calls:
+            for task in self._background.calls:
+                task.cancel()
+            try:
+                while self._has_calls:
+                    await self._one_call_ended()
+            except asyncio.CancelledError:
+                asyncio.current_task().uncancel()  # type: ignore[union-attr]  # a coroutine of a task has one
+
+    async def _handle(self, call: Concurrent) -> None:
+        """Run the handler of a message."""
+        socket = self._source.socket
+        try:
+            result = call.call(socket, call.value)
+            if isawaitable(result):
+                await result
+        except InvalidMessageError as error:
+            self._note(error)
+            await self._run(self._namespace.hooks.invalid, socket, error)
+        except BaseException as error:  # noqa: BLE001  # a hook's: it goes to on_error
+            await self._handler_failed(error)
 
     async def _run_on_close(self) -> None:
         source, namespace = self._source, self._namespace
@@ -361,9 +455,9 @@ class Dispatch:
     def _in_background(self, work: Awaitable[Any]) -> asyncio.Future[Any]:
         task = asyncio.ensure_future(work)
         if self._background is None:
-            self._background = set()
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+            self._background = _Beside()
+        self._background.hooks.add(task)
+        task.add_done_callback(self._background.hooks.discard)
         return task
 
 

@@ -29,7 +29,7 @@ from ..websocket.options import WebSocketOptions
 from ..websocket.sockets import ProtocolName, Socket, SocketData
 from .centrifuge import CentrifugeConnection
 from .channel import Channel, SocketChannel, StreamChannel, TlsChannel
-from .connection import Connection
+from .connection import Connection, SubprotocolConnection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
 from .keepalive import Keepalive
 from .outbox import Outbox
@@ -52,14 +52,20 @@ class Endpoint:
         origins: Origins,
         middleware: Chain | None = None,
         protocol: ProtocolName = "plain",
+        subprotocols: tuple[str, ...] = (),
     ) -> None:
-        """``middleware`` runs before the upgrade, or, for the Centrifuge protocol, when the client connects."""
+        """``middleware`` runs before the upgrade, or, for the Centrifuge protocol, when the client connects.
+
+        ``subprotocols``: what the service speaks with plain clients that offer it.
+        """
         self.loop = loop
         self.namespace = namespace
         self.options: WebSocketOptions = namespace.options
         self.outbox = outbox
         self.origins = origins
         self.protocol = protocol
+        # JSON is what clients of that protocol speak without naming it; some name it all the same.
+        self.subprotocols = subprotocols if protocol == "plain" else ("centrifuge-json",)
         self.middleware = middleware if protocol == "plain" else None
         self.connect_middleware = None if protocol == "plain" else middleware
         self.keepalive = Keepalive(loop, namespace.options, outbox.ledger)
@@ -71,7 +77,7 @@ class Endpoint:
 class Handshake:
     """One handshake, whichever parser has read the request: checks, middleware, values, upgrade."""
 
-    __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_values")
+    __slots__ = ("_client", "_endpoint", "_hurried", "_key", "_limit", "_query", "_request", "_subprotocol", "_values")
 
     def __init__(self, endpoint: Endpoint, request: HTTPServerRequest) -> None:
         """Check the request. Raises `Refusal`."""
@@ -80,6 +86,7 @@ class Handshake:
         self._key = self._check_request()
         endpoint.origins.check(request, endpoint.namespace.path)
         self._check_capacity()
+        self._subprotocol = self._choose_subprotocol() if endpoint.subprotocols else None
         self._query = parse_query(request)
         # What becomes ws.data.values, and whether it came from the query string.
         self._values: tuple[Any, bool] = (self._query, True)
@@ -218,7 +225,13 @@ class Handshake:
                 memory_level=options.compression_memory_level,
                 threshold=options.compression_threshold,
             )
-        kind = Connection if endpoint.protocol == "plain" else partial(CentrifugeConnection, handshake=self)
+        kind: Callable[..., Connection]
+        if endpoint.protocol == "centrifuge":
+            kind = partial(CentrifugeConnection, handshake=self)
+        elif self._subprotocol is not None:
+            kind = partial(SubprotocolConnection, subprotocol=self._subprotocol)
+        else:
+            kind = Connection
         connection = client._connection = kind(
             endpoint.loop,
             client,
@@ -271,6 +284,17 @@ class Handshake:
         if limit is not None and len(namespace.sockets) + expected >= limit:
             raise Refusal(503, f"{namespace.path} has as many sockets as it may have", headers={"Retry-After": "5"})
 
+    def _choose_subprotocol(self) -> str | None:
+        """The first one of the client's that is spoken here; None if there is none, which refuses nobody."""
+        spoken = self._endpoint.subprotocols
+        offered = [each.strip() for each in self._request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        chosen = next((each for each in offered if each in spoken), None)
+        if chosen is None and self._endpoint.protocol == "centrifuge" and "centrifuge-protobuf" in offered:
+            raise Refusal(
+                400, "this server speaks the JSON form of the Centrifuge protocol only: set the client to JSON"
+            )
+        return chosen
+
     def _negotiate(self) -> DeflateParameters | None:
         options = self._endpoint.options
         offers = self._request.headers.get("Sec-WebSocket-Extensions")
@@ -284,10 +308,12 @@ class Handshake:
 
     def _answer(self, agreed: DeflateParameters | None) -> bytes:
         accept = WebSocketProtocol13.compute_accept_value(self._key)
-        extensions = "" if agreed is None else f"Sec-WebSocket-Extensions: {agreed.header}\r\n"
+        more = "" if agreed is None else f"Sec-WebSocket-Extensions: {agreed.header}\r\n"
+        if self._subprotocol is not None:
+            more += f"Sec-WebSocket-Protocol: {self._subprotocol}\r\n"
         return (
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Accept: {accept}\r\n{extensions}\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\n{more}\r\n"
         ).encode("latin-1")
 
 

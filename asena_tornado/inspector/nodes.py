@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,7 +27,7 @@ _ID_LENGTH = 36  # characters of a whole id
 class NodeSocket(SocketSnapshot):
     """A socket as it was, and the id of the ``node`` that holds it."""
 
-    node: str
+    node: str = field(kw_only=True)
 
 
 _NODE_SOCKET = TypeAdapter(NodeSocket)

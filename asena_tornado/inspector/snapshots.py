@@ -31,6 +31,9 @@ class SocketSnapshot:
     ``rooms``: in the order in which it joined. ``values``: a shallow copy of ``ws.data.values``.
     ``buffered_bytes``: what waited to be sent. ``round_trip_time``: seconds, None before the first pong.
     ``last_error``: the last that a handler raised for it. ``dropped``: messages refused because it was too slow.
+    ``protocol`` and ``subprotocol``: as those of the `Socket`. ``client_name`` and ``client_version``: which SDK a
+    Centrifuge client says that it is. ``reconnected``: whether that SDK was connected before, as far as the numbers of
+    its commands tell. ``pending_calls``: handlers that run for it.
     """
 
     id: str
@@ -47,6 +50,12 @@ class SocketSnapshot:
     round_trip_time: float | None
     last_error: str | None
     dropped: int
+    protocol: str = "plain"
+    subprotocol: str | None = None
+    client_name: str = ""
+    client_version: str = ""
+    reconnected: bool = False
+    pending_calls: int = 0
 
     @classmethod
     def of(cls, socket: Socket[Any]) -> SocketSnapshot:
@@ -68,7 +77,20 @@ class SocketSnapshot:
             round_trip_time=connection.round_trip_time,
             last_error=connection.last_error,
             dropped=connection.dropped,
+            protocol=connection.protocol,
+            subprotocol=connection.subprotocol,
+            client_name=connection.client_name,
+            client_version=connection.client_version,
+            reconnected=connection.reconnected,
+            pending_calls=connection.pending_calls,
         )
+
+    @property
+    def spoken(self) -> str:
+        """The protocol and what more is known of it, such as ``centrifuge (js 5.8.0, reconnected)``."""
+        sdk = f"{self.client_name} {self.client_version}".strip()
+        more = [part for part in (self.subprotocol, sdk, "reconnected" if self.reconnected else "") if part]
+        return f"{self.protocol} ({', '.join(more)})" if more else self.protocol
 
     def __repr__(self) -> str:
         rooms = ", ".join(self.rooms[:5]) + (", …" if len(self.rooms) > 5 else "")
@@ -274,8 +296,10 @@ def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:
             ", ".join(socket.rooms[:5]) + _and(len(socket.rooms) - 5),
             brief(socket.values),
             socket.remote_address,
+            socket.spoken,
             f"{socket.connected_since.astimezone():%H:%M:%S}",
             f"{socket.messages_in} / {socket.messages_out}",
+            str(socket.pending_calls),
             str(socket.buffered_bytes),
             "" if socket.round_trip_time is None else f"{socket.round_trip_time * 1000:.1f} ms",
             shown(socket.last_error) if socket.last_error else "",
@@ -288,8 +312,10 @@ def table_of(sockets: Iterable[SocketSnapshot], of: int) -> str:
         "rooms",
         "values",
         "address",
+        "protocol",
         "since",
         "in / out",
+        "running",
         "waiting",
         "round trip",
         "last error",

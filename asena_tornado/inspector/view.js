@@ -72,12 +72,12 @@ function render({ model, el }) {
 
   const title = h("h2", { class: "title" }, "Rooms and sockets");
   const state = h("span", { class: "state" }, "connecting…");
-  const search = h("input", { id: id("search"), type: "search", placeholder: "id, room, value, address", maxlength: 200 });
+  const search = h("input", { id: id("search"), type: "search", placeholder: "id, room, value, address, SDK", maxlength: 200 });
   const crumbs = h("p", { class: "crumbs" });
   const namespaces = h("ul", { class: "list" });
   const rooms = h("ul", { class: "list" });
   const roomsNote = h("p", { class: "note" });
-  const heads = ["Socket", "Rooms", "In", "Out", "Waiting", "Round trip", "Last error"];
+  const heads = ["Socket", "Rooms", "Protocol", "In", "Out", "Waiting", "Round trip", "Last error"];
   const body = h("tbody");
   const table = h(
     "table",
@@ -313,12 +313,12 @@ function render({ model, el }) {
       answer.namespaces.length > 1 ? h("span", { class: "path" }, socket.namespace) : null,
       h("span", { class: "who" }),
     );
-    const cell = (label) => h("td", { "data-label": label, class: label === "Rooms" || label === "Last error" ? null : "short" });
+    const cell = (label) => h("td", { "data-label": label, class: ["Rooms", "Protocol", "Last error"].includes(label) ? null : "short" });
     return h("tr", {}, h("th", { scope: "row" }, open), ...heads.slice(1).map(cell));
   }
 
   function updateRow(row, socket) {
-    const [first, inRooms, received, sent, waiting, trip, error] = row.children;
+    const [first, inRooms, protocol, received, sent, waiting, trip, error] = row.children;
     const open = first.firstElementChild;
     setText(open.lastElementChild, socket.values);
     open.setAttribute("aria-pressed", String(look.socket === socket.id));
@@ -331,6 +331,7 @@ function render({ model, el }) {
       () => h("span", { class: "chip" }),
       (chip, room) => setText(chip, room),
     );
+    setText(protocol, socket.protocol);
     count(received, socket.messages_in, socket.rate_in);
     count(sent, socket.messages_out, socket.rate_out);
     setText(waiting, socket.waiting ? bytes(socket.waiting) : "–");
@@ -365,9 +366,11 @@ function render({ model, el }) {
     const facts = [
       ["values", socket.values || "–"],
       ["address", socket.address],
+      ["protocol", socket.protocol],
       ["connected", `${clock(socket.since)}, ${duration(answer.now - socket.since)} ago`],
       ["received", `${plural(socket.messages_in, "message")}, ${bytes(socket.bytes_in)}`],
       ["sent", `${plural(socket.messages_out, "message")}, ${bytes(socket.bytes_out)}`],
+      ["running", plural(socket.pending_calls, "handler")],
       ["waiting", bytes(socket.waiting)],
       ["dropped", plural(socket.dropped, "message")],
       ["last error", socket.last_error ?? "none"],

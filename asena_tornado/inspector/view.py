@@ -172,7 +172,10 @@ async def _search(sockets: list[Socket[Any]], ask: Look) -> list[Socket[Any]]:
 
 
 def _matches(socket: Socket[Any], words: Iterable[str]) -> bool:
-    text = " ".join((socket.id, socket.remote_address, *islice(socket.rooms, 100), brief(socket.data.values))).lower()
+    connection = socket._connection
+    client = f"{connection.protocol} {connection.client_name} {connection.client_version}"
+    words_of = (socket.id, socket.remote_address, client, *islice(socket.rooms, 100), brief(socket.data.values))
+    text = " ".join(words_of).lower()
     return all(word in text for word in words)
 
 
@@ -216,9 +219,11 @@ def _socket(socket: Socket[Any]) -> dict[str, Any]:
         "rooms_total": len(snapshot.rooms),
         "values": brief(snapshot.values),
         "address": snapshot.remote_address,
+        "protocol": snapshot.spoken,
         "since": snapshot.connected_since.timestamp(),
         "messages_in": snapshot.messages_in,
         "messages_out": snapshot.messages_out,
+        "pending_calls": snapshot.pending_calls,
         "waiting": snapshot.buffered_bytes,
         "round_trip_time": snapshot.round_trip_time,
         "last_error": shown(snapshot.last_error) if snapshot.last_error else None,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, is_dataclass
+from datetime import datetime
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -13,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 from typing_extensions import get_type_hints, is_typeddict
 
 from ..errors import CallError, ConfigurationError
-from .calls import Calls, Handler, marked
+from .calls import Calls, Handler, Reply, marked, reply_annotation
 from .messages import Decoder
 
 HOOKS = (
@@ -37,24 +40,58 @@ class SubscribeRequest:
     Attributes:
         token: The token, empty if there is none.
         data: Whatever the client gave as ``data``, as plain JSON data; None if nothing.
+        refresh: Whether the client is in the room already, and has come with a new token because the subscription
+            expires. There are no ``data`` then.
     """
 
     token: str = ""
     data: Any = None
+    refresh: bool = False
 
     def __repr__(self) -> str:
         return f"<SubscribeRequest with{'' if self.token else 'out'} a token>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subscription:
     """What ``on_subscribe`` may return instead of true.
 
     Attributes:
+        expires_at: When the subscription ends unless the client refreshes it: a Unix timestamp (seconds), or a
+            ``datetime`` with a time zone; None for never. The SDKs ask for a new token at that time, with which
+            ``on_subscribe`` runs again (see `SubscribeRequest.refresh`). A client that has not come with one 25 seconds
+            later is taken out of the room, with code 2501, upon which the SDKs ask for the room anew.
         data: What the client gets along with the answer, as its ``subscribed`` event's ``data``.
+        info: What everybody gets along with what this client publishes to the room, as ``info.chan_info`` of the
+            publication; any data that can be sent.
+
+    Raises:
+        ValueError: ``expires_at`` is a ``datetime`` without a time zone, or no moment at all.
     """
 
+    expires_at: float | datetime | None = None
     data: Any = None
+    info: Any = None
+
+    def __post_init__(self) -> None:
+        at = self.expires_at
+        if at is None:
+            return
+        if isinstance(at, datetime):
+            if at.tzinfo is None:
+                raise ValueError(f"expires_at needs a time zone, as in datetime.now(UTC): {at!r} has none")
+            return
+        given: object = at  # whatever the annotation says
+        if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+            raise ValueError(f"expires_at takes a timestamp in seconds, or a datetime with a time zone, not {at!r}")
+
+    @property
+    def expires_in(self) -> float | None:
+        """The seconds that are left; None if it does not expire."""
+        at = self.expires_at
+        if at is None:
+            return None
+        return (at.timestamp() if isinstance(at, datetime) else at) - time.time()
 
 
 class Hooks:
@@ -78,11 +115,14 @@ class Hooks:
         "subscribe",
     )
 
-    def __init__(self, service: Any, defaults: type, *, message_type: Any, values_type: Any) -> None:
+    def __init__(
+        self, service: Any, defaults: type, *, message_type: Any, values_type: Any, reply_types: Mapping[str, Any]
+    ) -> None:
         """Inspect the service.
 
         ``defaults``: the base class, whose own hooks need not be called. ``message_type``: the annotation of
-        ``on_message``'s message. ``values_type``: that of ``ws.data.values``.
+        ``on_message``'s message. ``values_type``: that of ``ws.data.values``. ``reply_types``: what the annotations
+        say that handlers return, by the handlers' names.
         """
         self.service = service
         self.open = _hook(service, defaults, "on_open", 1)
@@ -97,16 +137,27 @@ class Hooks:
         self.subscribe = _hook(service, defaults, "on_subscribe", 3)
         self.publish = _hook(service, defaults, "on_publish", 3)
         message = _hook(service, defaults, "on_message", 2)
-        rest = None if message is None else (message, Decoder(message_type))
+
+        def handler(name: str, call: Callable[..., Any], concurrent: bool = False) -> Handler:
+            kind = reply_annotation(reply_types.get(name))
+            if kind is None:
+                return Handler(call, concurrent=concurrent)
+            return Handler(call, Reply(kind, f"{type(service).__name__}.{name}").encode, concurrent)
+
+        rest = None if message is None else (handler("on_message", message), Decoder(message_type))
         self.message: Callable[..., Any] = message or service.on_message
         self.decode: Callable[[str | bytes], Any] = rest[1].decode if rest else lambda data: data
         # What a call by method and data is for, and what that gets. Raises `InvalidMessageError`, and `CallError`.
         self.decode_call: Callable[[str, object], tuple[Handler, Any]] = (
             (lambda method, data: (rest[0], rest[1].decode_value(data))) if rest else _no_method
         )
-        handlers = [(model, _hook(service, defaults, name, 2)) for name, model in marked(type(service))]
+        handlers = [
+            (model, handler(name, call, concurrent))
+            for name, model, concurrent in marked(type(service))
+            if (call := _hook(service, defaults, name, 2))
+        ]
         if handlers:
-            calls = Calls([(model, call) for model, call in handlers if call], rest, type(service).__name__)
+            calls = Calls(handlers, rest, type(service).__name__)
             self.message, self.decode, self.decode_call = calls.message, calls.decode, calls.decode_call
         self._values = _Values(values_type)
 

@@ -83,6 +83,11 @@ class Message:
         self.variants: dict[object, bytes] | None = None
 
     @property
+    def info(self) -> bytes | None:
+        """Which client has published it, as JSON; None if none has."""
+        return None
+
+    @property
     def json(self) -> bytes:
         """The data as JSON: as it was encoded, a text as a string, bytes as ``{"base64": "…"}``."""
         if self.is_json:
@@ -102,10 +107,24 @@ class Message:
             if room is None:
                 text = b'{"push":{"message":{"data":' + data + b"}}}"
             else:
+                if self.info is not None:
+                    data += b',"info":' + self.info
                 # Unlike pydantic, this writes any name that a room may have.
                 text = b'{"push":{"channel":' + json.dumps(room).encode() + b',"pub":{"data":' + data + b"}}}"
             made = pushes[room] = Message(TEXT, text, is_json=True)
         return made
+
+
+class Publication(Message):
+    """A message that a Centrifuge client has published, with its ``info``: plain clients do not see that."""
+
+    __slots__ = ("info",)
+
+    info: bytes | None
+
+    def __init__(self, opcode: int, payload: bytes, *, is_json: bool, info: bytes) -> None:
+        super().__init__(opcode, payload, is_json=is_json)
+        self.info = info
 
 
 def encode(data: object) -> Message:
@@ -123,7 +142,7 @@ def encode(data: object) -> Message:
         return Message(BINARY, bytes(data))
     try:
         # JSON knows no NaN or infinity and browsers refuse them; null is what JSON.stringify makes of them.
-        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=_plain), is_json=True)
+        return Message(TEXT, to_json(data, inf_nan_mode="null", fallback=plain_value), is_json=True)
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         raise EncodeError(
             f"{type(data).__name__} cannot be sent: {error}. Send str, bytes, or what pydantic can write as JSON "
@@ -131,7 +150,7 @@ def encode(data: object) -> Message:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """What pydantic does not know: arrays and scalars of numpy and similar libraries."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()

@@ -306,6 +306,13 @@ class Namespace:
         count = len(members) - sum(1 for socket in excluded or () if socket in members)
         return Addressed(count) if ready else AddressedHere(count)
 
+    def publish_from(self, room: str, message: Message) -> None:
+        """Send to the room what a client publishes itself, who gets it, too. On the loop."""
+        if self.link is not None:
+            self._publish_everywhere(self.link, (room,), message, (), None)
+        else:
+            self._deliver((room,), message, None)
+
     def deliver(self, names: tuple[str, ...] | None, message: Message, excluded: Iterable[str]) -> None:
         """Send what another node published; called on the loop."""
         self._deliver(names, message, self._excluded(excluded, None))

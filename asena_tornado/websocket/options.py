@@ -33,6 +33,8 @@ class WebSocketOptions(BaseModel):
         max_queued_messages (default 256): The most messages of one client that may wait for their handler; then nothing
             more is read from it until the handler catches up.
         max_queued_bytes (bytes, default 4 MiB): The same, in bytes.
+        max_pending_calls (default 64): The most handlers of one socket that run at the same time, where it has handlers
+            with ``@on(…, concurrent=True)``; one more waits, as do the messages behind it.
         handshake_timeout (seconds, default 10): For a handshake to arrive, and again for middleware to answer it; for a
             Centrifuge client also to connect after it.
         ping_interval (seconds, default 20): Between two pings; None sends none. Centrifuge clients get the heartbeats
@@ -73,6 +75,9 @@ class WebSocketOptions(BaseModel):
     """Messages of one client that may wait for its handler; then the client is not read until it catches up."""
     max_queued_bytes: Bytes = 4 * 1024 * 1024
     """The same in bytes."""
+    max_pending_calls: Annotated[int, Field(ge=1)] = 64
+    """Handlers of one socket that run at the same time, with ``@on(…, concurrent=True)``; the next one waits until one
+    of them is done, and keeps the messages behind it waiting."""
 
     handshake_timeout: Seconds = 10.0
     """Seconds in which the handshake has to arrive, and again in which middleware has to answer. The server's own value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from typing import (
 
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
-from .calls import on
+from .calls import marked, on
 from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
 from .sockets import ProtocolName, Socket, T
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
@@ -60,14 +63,19 @@ class AsenaWebSocketService(Generic[T]):
     - ``on_drain(ws)``: everything that waited for a slow client has been sent.
     - ``on_ping(ws, data)``, ``on_pong(ws, data)``: a ping has come, and is answered already; a pong has come.
     - ``on_subscribe(ws, room, request)``: a Centrifuge client asks for a room. It gets in if this returns true, or a
-      `Subscription`; ``request`` is a `SubscribeRequest`. By default nobody gets in.
+      `Subscription`, which may expire; ``request`` is a `SubscribeRequest`. By default nobody gets in. It also runs
+      when a client refreshes a subscription that expires; then ``request.refresh`` is true.
     - ``on_publish(ws, room, data)``: a Centrifuge client wants to publish. True publishes ``data`` as it came, false or
-      None refuses, anything else is published instead. By default everything is refused.
+      None refuses, anything else is published instead. By default everything is refused. The other Centrifuge clients
+      see who published, as the publication's ``info``: its ``client`` is the socket's id.
 
     Other methods become handlers of messages of one type with `on`. What such a handler or ``on_message`` returns is
-    the reply to a Centrifuge client's call; where it raises `CallError`, that is.
+    the reply to a Centrifuge client's call, encoded as the type that the method is annotated to return; where it does
+    not fit, the call fails, and ``on_error`` gets an `EncodeError`. Where the handler raises `CallError`, that is the
+    reply. Plain clients get none.
 
-    ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client. Whatever a hook raises
+    ``on_drain``, ``on_ping`` and ``on_pong`` run beside the message handler of the same client, as do handlers with
+    ``@on(…, concurrent=True)``. Whatever a hook raises
     is logged and does not end the server, ``SystemExit`` included. A hook that computes for long holds up its server:
     use ``asyncio.to_thread``.
 
@@ -192,9 +200,11 @@ class WebSocketSpec:
     middlewares: tuple[Any, ...]
     options: WebSocketOptions | None
     protocols: tuple[ProtocolName, ...]
+    subprotocols: tuple[str, ...]
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
+    reply_types: Mapping[str, Any]  # by the names of the methods
 
 
 def WebSocket(
@@ -204,6 +214,7 @@ def WebSocket(
     middlewares: Sequence[Any] = (),
     options: WebSocketOptions | None = None,
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
+    subprotocols: Sequence[str] = (),
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -220,6 +231,9 @@ def WebSocket(
         protocols: What clients may speak. Plain WebSocket clients connect at the path, those of the Centrifuge protocol
             at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
             only ones.
+        subprotocols: The WebSocket subprotocols (RFC 6455 §1.9) that the service speaks with plain clients, such as
+            ``("graphql-ws",)``. Of those that a client offers, the first one that is among these is agreed on, and is
+            ``ws.subprotocol``. A client that offers none of them is let in without; browsers then close by themselves.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -239,6 +253,17 @@ def WebSocket(
     if not spoken or not set(spoken) <= {"plain", "centrifuge"}:
         raise ConfigurationError(f'protocols takes "plain", "centrifuge" or both, in a tuple, not {protocols!r}')
 
+    given_subprotocols: object = subprotocols
+    if not isinstance(given_subprotocols, list | tuple) or not all(
+        isinstance(each, str) and _TOKEN.fullmatch(each) for each in given_subprotocols
+    ):
+        raise ConfigurationError(
+            'subprotocols takes names without spaces or commas, in a tuple, such as ("graphql-ws",), '
+            f"not {subprotocols!r}"
+        )
+    if subprotocols and "plain" not in spoken:
+        raise ConfigurationError(f"subprotocols are for plain clients, and those cannot connect to {normal!r}")
+
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
         if not (isinstance(given, type) and issubclass(given, AsenaWebSocketService)):
@@ -251,17 +276,23 @@ def WebSocket(
         # Classes of a function or cell are known only there: names are looked up before that frame is gone.
         frame = sys._getframe(1)
         here = dict(frame.f_locals)
-        handler = inspect.unwrap(cls.on_message)
-        # A hook inherited from another module means the names of that module.
-        nearby = {**here, **vars(cls)} if handler.__globals__ is frame.f_globals else {}
+
+        def resolve(annotation: Any, method: Any) -> Any:
+            handler = inspect.unwrap(method)
+            # A hook inherited from another module means the names of that module.
+            nearby = {**here, **vars(cls)} if getattr(handler, "__globals__", None) is frame.f_globals else {}
+            return _resolve(annotation, handler, nearby)
+
         spec = WebSocketSpec(
             normal,
             name or cls.__name__,
             chain,
             options,
             spoken,
+            tuple(subprotocols),
             _resolve(_values_type(cls), cls, here),
-            _resolve(_message_annotation(cls), handler, nearby),
+            resolve(_message_annotation(cls), cls.on_message),
+            {name: resolve(annotation, getattr(cls, name)) for name, annotation in _reply_annotations(cls).items()},
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
@@ -278,6 +309,15 @@ def spec_of(service: object) -> WebSocketSpec:
     for base in cls.__mro__:
         spec = vars(base).get("__asena_websocket__")
         if isinstance(spec, WebSocketSpec):
+            if cls is base:
+                return spec
+            replies = {
+                name: spec.reply_types[name]
+                if name in spec.reply_types and getattr(cls, name) is getattr(base, name)
+                else _resolve(annotation, inspect.unwrap(getattr(cls, name)), {})
+                for name, annotation in _reply_annotations(cls).items()
+            }
+            spec = replace(spec, reply_types=replies)
             if cls.on_message is base.on_message:
                 return spec
             return replace(spec, message_type=_resolve(_message_annotation(cls), cls.on_message, {}))
@@ -304,6 +344,12 @@ def _message_annotation(cls: type[AsenaWebSocketService[Any]]) -> Any:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     # A hook without a parameter for the message takes any.
     return positional[1].annotation if len(positional) > 1 else str | bytes
+
+
+def _reply_annotations(cls: type[AsenaWebSocketService[Any]]) -> dict[str, Any]:
+    """What the handlers of messages are annotated to return, by their names."""
+    names = dict.fromkeys(["on_message", *(name for name, *_ in marked(cls))])
+    return {name: inspect.signature(getattr(cls, name)).return_annotation for name in names}
 
 
 def _resolve(annotation: Any, owner: Any, here: Mapping[str, Any]) -> Any:
@@ -334,11 +380,14 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
     """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
     spec, cls = spec_of(service), type(service)
+    # Plain clients get no replies: what the annotations name need not even be there.
+    replies = spec.reply_types if "centrifuge" in spec.protocols else {}
     return Hooks(
         service,
         AsenaWebSocketService,
         message_type=_needed(spec.message_type, cls, "on_message"),
         values_type=_needed(spec.values_type, cls, "its base class"),
+        reply_types={name: _needed(kind, cls, f"what {name} returns") for name, kind in replies.items()},
     )
 
 

@@ -74,6 +74,10 @@ class Wire(Protocol):
     bytes_in: int
     bytes_out: int
     dropped: int
+    # What a Centrifuge client says of itself: which SDK it is, and whether it was connected before.
+    client_name: str
+    client_version: str
+    reconnected: bool
     # Called when the socket has come into a room (True), or left one; None where the client is not told.
     tell_room: Callable[[str, bool], None] | None
 
@@ -83,8 +87,18 @@ class Wire(Protocol):
         ...
 
     @property
+    def subprotocol(self) -> str | None:
+        """What was agreed on in the handshake, if anything."""
+        ...
+
+    @property
     def messages_in(self) -> int:
         """Messages that came."""
+        ...
+
+    @property
+    def pending_calls(self) -> int:
+        """How many of its handlers run."""
         ...
 
     @property
@@ -213,6 +227,14 @@ class Socket(Generic[T]):
     def protocol(self) -> ProtocolName:
         """What the client speaks: ``"plain"`` messages, or ``"centrifuge"``, Centrifugo's client protocol."""
         return self._connection.protocol
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The WebSocket subprotocol (RFC 6455 §1.9) that was agreed on with a plain client, such as ``"graphql-ws"``.
+
+        None if the client has offered none that the service speaks: see ``subprotocols`` of `WebSocket`.
+        """
+        return self._connection.subprotocol
 
     @property
     def ready_state(self) -> ReadyState:
