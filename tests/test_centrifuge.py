@@ -737,6 +737,28 @@ async def test_who_has_not_connected_may_send_little(wires: Any) -> None:
         assert await asyncio.to_thread(token_of, 1_100_000) == 1009
 
 
+async def test_no_hook_runs_for_a_client_that_has_not_connected() -> None:
+    calls = []
+
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_ping(self, ws: Socket, data: bytes) -> None:
+            calls.append(data)
+            ws.subscribe("members")
+
+        def on_pong(self, ws: Socket, data: bytes) -> None:
+            calls.append(data)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connection.pong(b"before")
+        await (await client.connection.ping(b"before"))
+        assert not server.namespaces["/x"].rooms
+        await client.connect()
+        await client.connection.pong(b"pong")
+        await (await client.connection.ping(b"ping"))
+        assert calls == [b"pong", b"ping"]
+
+
 async def test_a_command_before_connect_is_a_bad_request() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         await client.say({"rpc": {}, "id": 1})

@@ -291,6 +291,11 @@ class Session(Dispatch):
         else:
             super().message_received(data)
 
+    def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
+        """Call a hook beside the handler, but none for a client that nobody has let in."""
+        if self._stage == _OPENED:
+            super().notify(hook, *args)
+
     async def _greet(self) -> None:
         """Everything comes after ``connect``."""
 
