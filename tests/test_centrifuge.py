@@ -35,6 +35,7 @@ from asena_tornado import (
     WebSocketOptions,
     on,
 )
+from asena_tornado.connection.centrifuge import _commands as commands
 from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_live_client import Driven
@@ -223,6 +224,24 @@ async def test_commands_behind_connect_wait_for_it() -> None:
         )
         heard = [await client.hear() for _ in range(5)]
         assert [each.get("id") for each in heard] == [1, None, None, 2, 3]
+
+
+async def test_a_ping_along_with_connect_changes_nothing(wires: Any) -> None:
+    async with AsenaServer(Chat, port=0) as server:
+
+        def read() -> list[Any]:
+            heard = []
+            for first in (True, False):
+                wire = wires.connect(server, "/chat/connection/websocket?room=news")
+                ping, connect = wire.frame(9, b"hi"), wire.frame(1, b'{"connect":{},"id":1}')
+                wire.write(ping + connect if first else connect + ping)
+                frames = [wire.read_frame() for _ in range(4)]
+                assert (0x8A, b"hi") in frames
+                heard += [json.loads(payload) for first_byte, payload in frames if first_byte == 0x81]
+            return heard
+
+        heard = await asyncio.to_thread(read)
+        assert [next(iter(each)) for each in heard] == ["id", "push", "push"] * 2
 
 
 @Middleware()
@@ -703,6 +722,29 @@ async def test_bad_input_is_a_bad_request_and_nobody_else_notices(frame: str | b
         await client.connection.send(frame)
         assert await client.closed() == (3501, "bad request")
         assert (await other.ask({"rpc": {"data": "x"}, "id": 2}))["rpc"] == {"data": "x"}
+
+
+class Searched(str):
+    """A text that counts how often it is searched."""
+
+    searches = 0
+
+    def find(self, *args: Any) -> int:
+        self.searches += 1
+        return super().find(*args)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+async def test_empty_lines_are_skipped(binary: bool) -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server) as client:
+        await client.connect()
+        frame = "\n \r\n" * 1000 + '{"rpc":{"data":"x"},"id":2}\r\n\n {"rpc":{"data":"y"},"id":3}\n\n'
+        await client.connection.send(frame.encode() if binary else frame)
+        assert [(await client.hear())["id"] for _ in range(2)] == [2, 3]
+        # Not one by one: a frame may hold millions of them.
+        searched = Searched(frame)
+        assert len(list(commands(searched))) == 2
+        assert searched.searches == 2
 
 
 async def test_other_odd_input_is_answered() -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from inspect import isawaitable
 from typing import Any, ClassVar, Protocol
@@ -75,6 +76,7 @@ _KINDS = (
     "refresh", "sub_refresh",
 )  # fmt: skip
 
+_BLANK, _BLANK_BYTES = re.compile(r"\s*"), re.compile(rb"\s*")
 _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
@@ -150,6 +152,8 @@ class CentrifugeConnection(Connection):
         """The socket is open from here on, but nothing is sent until `welcome`."""
         self.socket.data = dataclasses.replace(self.socket.data, values=values)
         self._parser.limit(self._options.max_message_size)
+        if self.owed is not None:
+            self._outbox.flush()  # a pong
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
         self._namespace.admit(self.socket)
@@ -591,18 +595,23 @@ class _Answered(Exception):
 
 def _commands(data: str | bytes) -> Iterator[Any]:
     """The JSON of each line, one after the other: there may be a great many. Raises `_BadRequest`."""
-    newline: Any = "\n" if isinstance(data, str) else b"\n"
+    newline: Any
+    blank: Any
+    newline, blank = ("\n", _BLANK) if isinstance(data, str) else (b"\n", _BLANK_BYTES)
     start = 0
-    while start < len(data):
+    while True:
+        start = blank.match(data, start).end()  # in one go: a frame may hold millions of empty lines
+        if start == len(data):
+            return
         end = data.find(newline, start)
-        line = data[start : end if end >= 0 else len(data)].strip()
-        start += (end if end >= 0 else len(data)) - start + 1
-        if line:
-            try:
-                command = from_json(line, allow_inf_nan=False)
-            except ValueError as error:
-                raise _BadRequest(f"not JSON: {error}") from None
-            yield command
+        if end < 0:
+            end = len(data)
+        try:
+            command = from_json(data[start:end], allow_inf_nan=False)
+        except ValueError as error:
+            raise _BadRequest(f"not JSON: {error}") from None
+        yield command
+        start = end
 
 
 def _reply(number: int, kind: str, body: bytes) -> bytes:
