@@ -518,6 +518,77 @@ async def test_who_never_pongs_is_closed_however_busy() -> None:
             talking.cancelled() or talking.exception()
 
 
+async def test_a_ping_of_the_services_needs_no_heartbeat() -> None:
+    pongs: asyncio.Queue[float | None] = asyncio.Queue()
+
+    @WebSocket("/x", options=WebSocketOptions(ping_interval=None, ping_timeout=0.1))
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> None:
+            ws.ping()
+
+        def on_pong(self, ws: Socket) -> None:
+            pongs.put_nowait(ws.round_trip_time)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        assert "pong" not in await client.connect()
+        assert await client.ask({"rpc": {}, "id": 2}) == {"id": 2, "rpc": {"data": None}}
+        assert await pongs.get() is not None
+
+
+async def test_a_heartbeat_is_not_dropped(wires: Any) -> None:
+    options = WebSocketOptions(max_buffered_bytes=100_000, slow_client_policy="drop")
+
+    @WebSocket("/x", options=options)
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def connect() -> Any:
+            wire = wires.connect(server, "/x/connection/websocket")
+            wire.write(wire.frame(1, b'{"connect":{},"id":1}'))
+            wire.read_frame()
+            return wire
+
+        wire = await asyncio.to_thread(connect)
+        (socket,) = server.namespaces["/x"].sockets.values()
+        # Until not even a heartbeat fits.
+        while socket.send("x" * 50_000):
+            pass
+        frame = len(b'four{"push":{"message":{"data":""}}}')
+        assert socket.send("x" * (100_000 - socket.buffered_amount - frame))
+        socket.ping()
+
+        def read() -> bytes:
+            while len(payload := wire.read_frame()[1]) > 2:
+                pass
+            return bytes(payload)
+
+        assert await asyncio.to_thread(read) == b"{}"
+
+
+async def test_while_we_do_not_read_a_client_is_not_silent() -> None:
+    @WebSocket("/x", options=WebSocketOptions(max_queued_messages=1))
+    class Service(AsenaWebSocketService):
+        release, waits = asyncio.Event(), asyncio.Event()
+
+        async def on_message(self, ws: Socket, message: str) -> None:
+            self.waits.set()
+            await self.release.wait()
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        (socket,) = server.namespaces["/x"].sockets.values()
+        await client.say({"rpc": {}, "id": 2})
+        await Service.waits.wait()
+        released_at = asyncio.get_running_loop().time()
+        Service.release.set()
+        await client.hear()
+        await client.ask({"rpc": {}, "id": 3})
+        # A pong may have been waiting behind what we did not read.
+        assert socket._connection.heard_at >= released_at  # type: ignore[attr-defined]  # a connection is more than a wire
+
+
 # -- rooms
 
 

@@ -210,15 +210,23 @@ class CentrifugeConnection(Connection):
         self.heard_at = heard_at
 
     def ping(self, payload: bytes = b"") -> None:
-        """Send the protocol's heartbeat; with a payload, a ping of WebSocket."""
-        if payload:
+        """Send the protocol's heartbeat; with a payload, or to a client that expects none, a ping of WebSocket."""
+        if payload or not self._options.ping_interval:
             super().ping(payload)
         elif self.state is ReadyState.OPEN and self.tell_room is not None:
             self.pinged_at = self._loop.time()
             if self.ping_sent_at is None:
                 self.ping_sent_at = self.pinged_at
             self.pings += 1
-            self._outbox.send(self, _PING)
+            # Behind what is owed, and above the limit of waiting bytes, as control frames are: a client that gets no
+            # heartbeat cannot answer it.
+            self._outbox.flush()
+            self.channel.write(_PING)
+
+    def parse_on(self) -> None:
+        """Parse what waited. Until now a pong may have been waiting, too: the client was not silent."""
+        self.heard_at = self._loop.time()
+        super().parse_on()
 
     def pong(self) -> None:
         """One has been answered."""
