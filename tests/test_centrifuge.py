@@ -946,6 +946,31 @@ async def test_a_slow_client_is_told_so() -> None:
         assert (await client.closed())[0] == 3008
 
 
+async def test_a_slow_client_whose_reply_would_be_dropped_is_closed_whatever_the_policy(wires: Any) -> None:
+    @WebSocket("/x", options=WebSocketOptions(max_buffered_bytes=100_000, slow_client_policy="drop"))
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> str:
+            while ws.send("x" * 50_000):
+                pass
+            assert ws.ready_state == 1
+            return "x" * 100_000
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def read() -> tuple[bytes, bool]:
+            wire = wires.connect(server, "/x/connection/websocket")
+            wire.write(wire.frame(1, b'{"connect":{},"id":1}') + wire.frame(1, b'{"rpc":{},"id":2}'))
+            replied = False
+            while True:
+                first, payload = wire.read_frame()
+                if first == 0x88:
+                    return payload, replied
+                replied = replied or payload.startswith(b'{"id":2')
+
+        payload, replied = await asyncio.to_thread(read)
+        assert (int.from_bytes(payload[:2], "big"), payload[2:], replied) == (3008, b"slow", False)
+
+
 # -- where
 
 

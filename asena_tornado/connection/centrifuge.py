@@ -116,7 +116,7 @@ class Asked(Protocol):
 class CentrifugeConnection(Connection):
     """A connection that speaks the protocol. Its socket is admitted once the client has connected by a command."""
 
-    __slots__ = ("_handshake", "_last", "_session", "pings")
+    __slots__ = ("_handshake", "_last", "_replied", "_session", "pings")
 
     protocol: ClassVar[ProtocolName] = "centrifuge"
     _session: Session
@@ -128,6 +128,7 @@ class CentrifugeConnection(Connection):
         self.pings = 0  # that are not answered
         # Where the last reply is owed, as what frame, and its text: the next one may join it.
         self._last: tuple[list[bytes], bytes, bytes] | None = None
+        self._replied = 0  # how many of what is owed there are up to the last reply
 
     def _new_dispatch(self) -> Dispatch:
         self._session = Session(
@@ -180,8 +181,15 @@ class CentrifugeConnection(Connection):
 
     def write_owed(self) -> None:
         """Hand over what the outbox gathered."""
-        self._last = None
+        dropped, taken, counts, replied = self.dropped, self.messages_out, self.owed_counts, self._replied
+        self._last, self._replied = None, 0
         super().write_owed()
+        if replied and self.dropped > dropped and self.messages_out - taken < sum(counts[:replied]):
+            self._reply_dropped()
+
+    def _reply_dropped(self) -> None:
+        """Whatever the policy: without its replies a client does not know where it is. Once it is back, it does."""
+        self._loop.call_soon(self.close, 1013)
 
     def reply(self, text: bytes) -> None:
         """Send a reply, or a push of this client's own, in one frame with those that came right before."""
@@ -198,9 +206,11 @@ class CentrifugeConnection(Connection):
             waiting = self.channel.waiting
             if waiting and (self._overflowing or waiting + self.owed_size + len(data) > self._limit):
                 self._overflow(1)
+                self._reply_dropped()
                 return
             self._outbox.send(self, data)
         owed = self.owed
+        self._replied = 0 if owed is None else len(owed)
         self._last = (owed, data, text) if owed is not None and deflate is None else None
 
     def data_received(self, data: bytes) -> None:
