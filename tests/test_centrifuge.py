@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -36,6 +37,7 @@ from asena_tornado import (
     on,
 )
 from asena_tornado.connection.centrifuge import _commands as commands
+from asena_tornado.connection.handshake import Handshake
 from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_live_client import Driven
@@ -398,6 +400,31 @@ async def test_ready_made_middleware_serves_both_kinds_of_clients() -> None:
             assert (await refusal(client, token="secret"))["code"] == 111
 
 
+async def test_events_show_neither_tokens_nor_what_a_client_connects_with() -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server) as client:
+        tap = server.inspector.tap(namespace="/chat")
+        await client.connect(token="secret", data={"password": "secret"}, headers={"Authorization": "secret"})
+        await client.ask({"subscribe": {"channel": "news", "token": 'secret\\"secret'}, "id": 2})
+        await client.connection.send(b'{"refresh": {"token" : "secret"}, "id": 3}')
+        await client.hear()
+        await client.ask({"rpc": {"data": "hello"}, "id": 4})
+        shown = ""
+        async for event in tap:
+            shown += repr(event)
+            if "hello" in shown:
+                break
+        assert '"subscribe": {"channel": "news", "token": "*' in shown
+        assert "refresh" in shown
+        assert "secret" not in shown
+
+
+async def test_the_request_is_forgotten_once_a_client_has_connected() -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server, "/chat?mark=me") as client:
+        await client.connect()
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, Handshake) and each.query == {"mark": "me"}]
+
+
 # -- calls
 
 
@@ -465,6 +492,21 @@ async def test_by_default_a_handlers_error_closes_after_the_answer() -> None:
         await client.connect()
         assert (await client.ask({"rpc": {}, "id": 2}))["error"]["code"] == 100
         assert await client.closed() == (3004, "internal error")
+
+
+@pytest.mark.parametrize("wrong", [("oops", 400), (400, None), (50, "a client's"), (2**32, "too high")])
+async def test_a_call_error_that_is_none_is_an_internal_error(wrong: Any) -> None:
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> None:
+            raise CallError(*wrong)
+
+        def on_error(self, ws: Socket, error: BaseException) -> None:
+            assert isinstance(error, CallError)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        assert (await client.ask({"rpc": {}, "id": 2}))["error"]["code"] == 100
 
 
 async def test_many_calls_without_waiting_are_all_answered_in_order_and_several_in_a_frame() -> None:
@@ -642,6 +684,23 @@ async def test_a_room_that_the_service_changes_is_told() -> None:
         assert left[0]["push"]["unsubscribe"] == {"code": 2000, "reason": "server unsubscribe"}
         await client.hear()
         assert await client.ask({"subscribe": {"channel": "news"}, "id": 5}) == {"id": 5, "subscribe": {}}
+
+
+async def test_a_room_that_the_service_takes_while_on_subscribe_runs_is_told() -> None:
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("lobby")
+
+        def on_subscribe(self, ws: Socket, room: str, request: SubscribeRequest) -> bool:
+            ws.unsubscribe(room)
+            return False
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        assert (await client.ask({"subscribe": {"channel": "lobby"}, "id": 2}))["error"]["code"] == 103
+        unsubscribed = {"code": 2000, "reason": "server unsubscribe"}
+        assert await client.hear() == {"push": {"channel": "lobby", "unsubscribe": unsubscribed}}
 
 
 async def test_both_kinds_of_clients_share_a_room_and_plain_ones_get_todays_bytes() -> None:
@@ -1096,6 +1155,19 @@ async def test_clients_stay_when_the_code_is_replaced() -> None:
             assert (await refusal(refused, token="401"))["code"] == 101  # by the new middleware
             chat(new).to("news", 1)
             assert await client.hear() == pub("news", 1)
+
+
+async def test_who_has_not_connected_yet_cannot_where_the_new_code_does_not_speak_the_protocol() -> None:
+    @WebSocket("/chat", protocols=("plain",))
+    class Newer(Chat):
+        pass
+
+    old = AsenaServer(Chat, port=0).start()
+    async with raw(old) as connected, raw(old) as waiting:
+        await connected.connect()
+        with AsenaServer(Newer, port=old.port):
+            assert (await refusal(waiting))["code"] == 100
+            assert "rpc" in await connected.ask({"rpc": {}, "id": 2})
 
 
 # -- the clients that there are

@@ -77,6 +77,7 @@ _KINDS = (
 )  # fmt: skip
 
 _BLANK, _BLANK_BYTES = re.compile(r"\s*"), re.compile(rb"\s*")
+_TOKEN = re.compile(r'("token"\s*:\s*")((?:[^"\\]|\\.)*)')
 _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
@@ -131,10 +132,12 @@ class CentrifugeConnection(Connection):
         self._replied = 0  # how many of what is owed there are up to the last reply
 
     def _new_dispatch(self) -> Dispatch:
+        handshake = self._handshake
+        del self._handshake  # the session keeps it as long as it is needed
         self._session = Session(
             self._loop,
             self,
-            self._handshake,
+            handshake,
             namespace=self._namespace,
             options=self._options,
             keepalive=self._keepalive,
@@ -313,6 +316,12 @@ class Session(Dispatch):
         else:
             super().message_received(data)
 
+    def _show(self, data: str | bytes) -> None:
+        # Neither what a client connects with nor tokens: events are kept, and shown in notebooks.
+        if self._stage == _OPENED:
+            text = data if isinstance(data, str) else data.decode(errors="replace")
+            super()._show(_TOKEN.sub(lambda found: found[1] + "*" * len(found[2]), text))
+
     def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the handler, but none for a client that nobody has let in."""
         if self._stage == _OPENED:
@@ -484,8 +493,8 @@ class Session(Dispatch):
             pass
         finally:
             self._own_room = None
-            if room not in self._rooms and socket.is_subscribed(room) and not was_in:
-                self.room_changed(room, True)  # by the hook itself
+            if room not in self._rooms and (is_in := socket.is_subscribed(room)) is not was_in:
+                self.room_changed(room, is_in)  # by the service, while the hook ran
 
     async def _subscribed(self, number: int, answer: Any) -> bytes:
         """What the reply tells."""
@@ -571,7 +580,7 @@ class Session(Dispatch):
     async def _failed(self, number: int, error: BaseException) -> None:
         if must_propagate(error):
             raise error
-        if isinstance(error, CallError) and error.code >= INTERNAL:
+        if isinstance(error, CallError) and _is_valid(error):
             log.info("%s: refused with %s", self._client.socket, error)
             if number:
                 self._refuse(number, error.code, error.message, error.temporary)
@@ -609,6 +618,13 @@ class Session(Dispatch):
 
 class _Answered(Exception):
     """The client has its answer."""
+
+
+def _is_valid(error: CallError) -> bool:
+    """Whether clients can be answered with it: codes below are their own, and a service may have given anything."""
+    code: object = error.code
+    message: object = error.message
+    return type(code) is int and INTERNAL <= code < 2**32 and isinstance(message, str)
 
 
 def _commands(data: str | bytes) -> Iterator[Any]:
