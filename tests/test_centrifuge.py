@@ -305,6 +305,22 @@ async def test_a_refusal_has_a_code(token: str, error: dict[str, Any]) -> None:
         assert await client.closed() == (3501, "bad request")
 
 
+@pytest.mark.parametrize("errors", ["text", ["text"], [{"loc": None, "msg": 5}], [{"loc": 5}]])
+async def test_a_refusal_may_have_errors_of_its_own_form(errors: Any) -> None:
+    @Middleware()
+    class Refuse(MiddlewareService):
+        async def handle(self, context: Context, next: Any) -> Any:
+            return context.send({"error": "no", "errors": errors}, 400)
+
+    @WebSocket("/x", middlewares=[Refuse])
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        error = await refusal(client)
+        assert (error["code"], error["message"][:2]) == (107, "no")
+
+
 async def test_a_refused_client_that_stays_is_closed_in_the_end() -> None:
     async with AsenaServer(Gated, port=0) as server, raw(server, "/gated") as client:
         await refusal(client, token="401")

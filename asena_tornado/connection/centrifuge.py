@@ -85,7 +85,7 @@ _MAX_CREDENTIALS = 64 * 1024  # characters of a token and headers
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
 _AT_ONCE = 64  # commands of one frame before others have a turn
-_HELD_CHECK = 0.5  # seconds
+_HELD_CHECK = 0.1  # seconds
 
 
 class _BadRequest(Exception):
@@ -695,11 +695,14 @@ def _text_of(body: bytes) -> str:
     return _with_errors(text, errors) if isinstance(errors, list) else text
 
 
-def _with_errors(text: str, errors: list[dict[str, Any]]) -> str:
-    """The text, with the first errors of a validation."""
+def _with_errors(text: str, errors: list[Any]) -> str:
+    """The text, with the first errors of a validation; a user's own ``errors`` may be anything."""
     shown = []
     for error in errors[:_SHOWN_ERRORS]:
-        where = ".".join(map(str, error.get("loc", ())))
+        if not isinstance(error, dict):
+            continue
+        loc = error.get("loc")
+        where = ".".join(map(str, loc)) if isinstance(loc, list | tuple) else ""
         said = str(error.get("msg", ""))
         if said not in text:
             shown.append(f"{where}: {said}" if where else said)
