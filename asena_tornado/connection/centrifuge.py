@@ -77,7 +77,7 @@ _KINDS = (
 )  # fmt: skip
 
 _BLANK, _BLANK_BYTES = re.compile(r"\s*"), re.compile(rb"\s*")
-_TOKEN = re.compile(r'("token"\s*:\s*")((?:[^"\\]|\\.)*)')
+_TOKEN = re.compile(r'("token"\s*:\s*")((?:[^"\\]++|\\.)*+)')  # never goes back: a token may be megabytes
 _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
