@@ -962,6 +962,24 @@ async def test_who_does_not_connect_in_time_is_stale() -> None:
         assert await client.closed() == (3502, "stale")
 
 
+async def test_who_is_stale_takes_no_place_though_it_does_not_answer_the_close(wires: Any) -> None:
+    @WebSocket("/x", options=WebSocketOptions(handshake_timeout=0.2, max_sockets=1, close_timeout=60))
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def stale() -> Any:
+            wire = wires.connect(server, "/x/connection/websocket")
+            assert wire.read_frame()[0] == 0x88
+            return wire
+
+        wire = await asyncio.to_thread(stale)
+        async with raw(server, "/x") as client:
+            assert "client" in await client.connect()
+        wire.close()
+
+
 # -- the end
 
 
