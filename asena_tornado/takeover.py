@@ -78,8 +78,6 @@ def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Le
             kept.replace(fresh.hooks, fresh.options)
         else:
             gone.append(kept)
-            for endpoint in old.endpoints.values():
-                endpoint.closing = endpoint.closing or endpoint.namespace is kept
     new.cluster, old_cluster, old.cluster = cluster, old.cluster, None
     if old_cluster is not None and old_cluster is not cluster:
         old_cluster.serve({})
@@ -89,6 +87,7 @@ def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Le
     new.open_namespaces(door)
     for path, endpoint in old.endpoints.items():
         endpoint.successor = new.endpoints.get(path)
+        endpoint.closing = endpoint.closing or endpoint.successor is None
     return Leftovers(old, gone, None if old_cluster is cluster else old_cluster)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
 from collections.abc import AsyncIterator
@@ -39,6 +40,8 @@ from asena_tornado import (
 )
 from asena_tornado.cluster.envelope import EnvelopeError, message_header, parse_message_header
 from asena_tornado.connection import centrifuge
+from asena_tornado.connection.centrifuge import _commands as commands
+from asena_tornado.connection.handshake import Handshake
 from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_live_client import Driven
@@ -229,6 +232,24 @@ async def test_commands_behind_connect_wait_for_it() -> None:
         assert [each.get("id") for each in heard] == [1, None, None, 2, 3]
 
 
+async def test_a_ping_along_with_connect_changes_nothing(wires: Any) -> None:
+    async with AsenaServer(Chat, port=0) as server:
+
+        def read() -> list[Any]:
+            heard = []
+            for first in (True, False):
+                wire = wires.connect(server, "/chat/connection/websocket?room=news")
+                ping, connect = wire.frame(9, b"hi"), wire.frame(1, b'{"connect":{},"id":1}')
+                wire.write(ping + connect if first else connect + ping)
+                frames = [wire.read_frame() for _ in range(4)]
+                assert (0x8A, b"hi") in frames
+                heard += [json.loads(payload) for first_byte, payload in frames if first_byte == 0x81]
+            return heard
+
+        heard = await asyncio.to_thread(read)
+        assert [next(iter(each)) for each in heard] == ["id", "push", "push"] * 2
+
+
 @Middleware()
 class Gate(MiddlewareService):
     """Refuses by the status that the token names."""
@@ -286,6 +307,22 @@ async def test_a_refusal_has_a_code(token: str, error: dict[str, Any]) -> None:
         assert not server.namespaces["/gated"].sockets
         await client.say({"rpc": {}, "id": 3})
         assert await client.closed() == (3501, "bad request")
+
+
+@pytest.mark.parametrize("errors", ["text", ["text"], [{"loc": None, "msg": 5}], [{"loc": 5}]])
+async def test_a_refusal_may_have_errors_of_its_own_form(errors: Any) -> None:
+    @Middleware()
+    class Refuse(MiddlewareService):
+        async def handle(self, context: Context, next: Any) -> Any:
+            return context.send({"error": "no", "errors": errors}, 400)
+
+    @WebSocket("/x", middlewares=[Refuse])
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        error = await refusal(client)
+        assert (error["code"], error["message"][:2]) == (107, "no")
 
 
 async def test_a_refused_client_that_stays_is_closed_in_the_end() -> None:
@@ -383,6 +420,31 @@ async def test_ready_made_middleware_serves_both_kinds_of_clients() -> None:
             assert (await refusal(client, token="secret"))["code"] == 111
 
 
+async def test_events_show_neither_tokens_nor_what_a_client_connects_with() -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server) as client:
+        tap = server.inspector.tap(namespace="/chat")
+        await client.connect(token="secret", data={"password": "secret"}, headers={"Authorization": "secret"})
+        await client.ask({"subscribe": {"channel": "news", "token": 'secret\\"secret'}, "id": 2})
+        await client.connection.send(b'{"refresh": {"token" : "secret"}, "id": 3}')
+        await client.hear()
+        await client.ask({"rpc": {"data": "hello"}, "id": 4})
+        shown = ""
+        async for event in tap:
+            shown += repr(event)
+            if "hello" in shown:
+                break
+        assert '"subscribe": {"channel": "news", "token": "*' in shown
+        assert "refresh" in shown
+        assert "secret" not in shown
+
+
+async def test_the_request_is_forgotten_once_a_client_has_connected() -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server, "/chat?mark=me") as client:
+        await client.connect()
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, Handshake) and each.query == {"mark": "me"}]
+
+
 # -- calls
 
 
@@ -452,6 +514,21 @@ async def test_by_default_a_handlers_error_closes_after_the_answer() -> None:
         assert await client.closed() == (3004, "internal error")
 
 
+@pytest.mark.parametrize("wrong", [("oops", 400), (400, None), (50, "a client's"), (2**32, "too high")])
+async def test_a_call_error_that_is_none_is_an_internal_error(wrong: Any) -> None:
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> None:
+            raise CallError(*wrong)
+
+        def on_error(self, ws: Socket, error: BaseException) -> None:
+            assert isinstance(error, CallError)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        assert (await client.ask({"rpc": {}, "id": 2}))["error"]["code"] == 100
+
+
 async def test_many_calls_without_waiting_are_all_answered_in_order_and_several_in_a_frame() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         await client.connect()
@@ -501,6 +578,77 @@ async def test_who_never_pongs_is_closed_however_busy() -> None:
             talking.cancel()
             await asyncio.wait([talking])
             talking.cancelled() or talking.exception()
+
+
+async def test_a_ping_of_the_services_needs_no_heartbeat() -> None:
+    pongs: asyncio.Queue[float | None] = asyncio.Queue()
+
+    @WebSocket("/x", options=WebSocketOptions(ping_interval=None, ping_timeout=0.1))
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> None:
+            ws.ping()
+
+        def on_pong(self, ws: Socket) -> None:
+            pongs.put_nowait(ws.round_trip_time)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        assert "pong" not in await client.connect()
+        assert await client.ask({"rpc": {}, "id": 2}) == {"id": 2, "rpc": {"data": None}}
+        assert await pongs.get() is not None
+
+
+async def test_a_heartbeat_is_not_dropped(wires: Any) -> None:
+    options = WebSocketOptions(max_buffered_bytes=100_000, slow_client_policy="drop")
+
+    @WebSocket("/x", options=options)
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def connect() -> Any:
+            wire = wires.connect(server, "/x/connection/websocket")
+            wire.write(wire.frame(1, b'{"connect":{},"id":1}'))
+            wire.read_frame()
+            return wire
+
+        wire = await asyncio.to_thread(connect)
+        (socket,) = server.namespaces["/x"].sockets.values()
+        # Until not even a heartbeat fits.
+        while socket.send("x" * 50_000):
+            pass
+        frame = len(b'four{"push":{"message":{"data":""}}}')
+        assert socket.send("x" * (100_000 - socket.buffered_amount - frame))
+        socket.ping()
+
+        def read() -> bytes:
+            while len(payload := wire.read_frame()[1]) > 2:
+                pass
+            return bytes(payload)
+
+        assert await asyncio.to_thread(read) == b"{}"
+
+
+async def test_while_we_do_not_read_a_client_is_not_silent() -> None:
+    @WebSocket("/x", options=WebSocketOptions(max_queued_messages=1))
+    class Service(AsenaWebSocketService):
+        release, waits = asyncio.Event(), asyncio.Event()
+
+        async def on_message(self, ws: Socket, message: str) -> None:
+            self.waits.set()
+            await self.release.wait()
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        (socket,) = server.namespaces["/x"].sockets.values()
+        await client.say({"rpc": {}, "id": 2})
+        await Service.waits.wait()
+        released_at = asyncio.get_running_loop().time()
+        Service.release.set()
+        await client.hear()
+        await client.ask({"rpc": {}, "id": 3})
+        # A pong may have been waiting behind what we did not read.
+        assert socket._connection.heard_at >= released_at  # type: ignore[attr-defined]  # a connection is more than a wire
 
 
 # -- rooms
@@ -556,6 +704,23 @@ async def test_a_room_that_the_service_changes_is_told() -> None:
         assert left[0]["push"]["unsubscribe"] == {"code": 2000, "reason": "server unsubscribe"}
         await client.hear()
         assert await client.ask({"subscribe": {"channel": "news"}, "id": 5}) == {"id": 5, "subscribe": {}}
+
+
+async def test_a_room_that_the_service_takes_while_on_subscribe_runs_is_told() -> None:
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("lobby")
+
+        def on_subscribe(self, ws: Socket, room: str, request: SubscribeRequest) -> bool:
+            ws.unsubscribe(room)
+            return False
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connect()
+        assert (await client.ask({"subscribe": {"channel": "lobby"}, "id": 2}))["error"]["code"] == 103
+        unsubscribed = {"code": 2000, "reason": "server unsubscribe"}
+        assert await client.hear() == {"push": {"channel": "lobby", "unsubscribe": unsubscribed}}
 
 
 async def test_both_kinds_of_clients_share_a_room_and_plain_ones_get_todays_bytes() -> None:
@@ -879,6 +1044,29 @@ async def test_bad_input_is_a_bad_request_and_nobody_else_notices(frame: str | b
         assert (await other.ask({"rpc": {"data": "x"}, "id": 2}))["rpc"] == {"data": "x"}
 
 
+class Searched(str):
+    """A text that counts how often it is searched."""
+
+    searches = 0
+
+    def find(self, *args: Any) -> int:
+        self.searches += 1
+        return super().find(*args)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+async def test_empty_lines_are_skipped(binary: bool) -> None:
+    async with AsenaServer(Chat, port=0) as server, raw(server) as client:
+        await client.connect()
+        frame = "\n \r\n" * 1000 + '{"rpc":{"data":"x"},"id":2}\r\n\n {"rpc":{"data":"y"},"id":3}\n\n'
+        await client.connection.send(frame.encode() if binary else frame)
+        assert [(await client.hear())["id"] for _ in range(2)] == [2, 3]
+        # Not one by one: a frame may hold millions of them.
+        searched = Searched(frame)
+        assert len(list(commands(searched))) == 2
+        assert searched.searches == 2
+
+
 async def test_other_odd_input_is_answered() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         rooms = {f"room {i}": {"recover": True, "offset": 1, "epoch": "x"} for i in range(10_000)}
@@ -911,6 +1099,28 @@ async def test_who_has_not_connected_may_send_little(wires: Any) -> None:
         assert await asyncio.to_thread(token_of, 1_100_000) == 1009
 
 
+async def test_no_hook_runs_for_a_client_that_has_not_connected() -> None:
+    calls = []
+
+    @WebSocket("/x")
+    class Service(AsenaWebSocketService):
+        def on_ping(self, ws: Socket, data: bytes) -> None:
+            calls.append(data)
+            ws.subscribe("members")
+
+        def on_pong(self, ws: Socket, data: bytes) -> None:
+            calls.append(data)
+
+    async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
+        await client.connection.pong(b"before")
+        await (await client.connection.ping(b"before"))
+        assert not server.namespaces["/x"].rooms
+        await client.connect()
+        await client.connection.pong(b"pong")
+        await (await client.connection.ping(b"ping"))
+        assert calls == [b"pong", b"ping"]
+
+
 async def test_a_command_before_connect_is_a_bad_request() -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         await client.say({"rpc": {}, "id": 1})
@@ -924,6 +1134,24 @@ async def test_who_does_not_connect_in_time_is_stale() -> None:
 
     async with AsenaServer(Service, port=0) as server, raw(server, "/x") as client:
         assert await client.closed() == (3502, "stale")
+
+
+async def test_who_is_stale_takes_no_place_though_it_does_not_answer_the_close(wires: Any) -> None:
+    @WebSocket("/x", options=WebSocketOptions(handshake_timeout=0.2, max_sockets=1, close_timeout=60))
+    class Service(AsenaWebSocketService):
+        pass
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def stale() -> Any:
+            wire = wires.connect(server, "/x/connection/websocket")
+            assert wire.read_frame()[0] == 0x88
+            return wire
+
+        wire = await asyncio.to_thread(stale)
+        async with raw(server, "/x") as client:
+            assert "client" in await client.connect()
+        wire.close()
 
 
 # -- the end
@@ -983,6 +1211,31 @@ async def test_a_slow_client_is_told_so() -> None:
             chat(server, "/x").to("news", "x" * 50_000)
             await asyncio.sleep(0)
         assert (await client.closed())[0] == 3008
+
+
+async def test_a_slow_client_whose_reply_would_be_dropped_is_closed_whatever_the_policy(wires: Any) -> None:
+    @WebSocket("/x", options=WebSocketOptions(max_buffered_bytes=100_000, slow_client_policy="drop"))
+    class Service(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> str:
+            while ws.send("x" * 50_000):
+                pass
+            assert ws.ready_state == 1
+            return "x" * 100_000
+
+    async with AsenaServer(Service, port=0) as server:
+
+        def read() -> tuple[bytes, bool]:
+            wire = wires.connect(server, "/x/connection/websocket")
+            wire.write(wire.frame(1, b'{"connect":{},"id":1}') + wire.frame(1, b'{"rpc":{},"id":2}'))
+            replied = False
+            while True:
+                first, payload = wire.read_frame()
+                if first == 0x88:
+                    return payload, replied
+                replied = replied or payload.startswith(b'{"id":2')
+
+        payload, replied = await asyncio.to_thread(read)
+        assert (int.from_bytes(payload[:2], "big"), payload[2:], replied) == (3008, b"slow", False)
 
 
 # -- where
@@ -1110,6 +1363,19 @@ async def test_clients_stay_when_the_code_is_replaced() -> None:
             assert (await refusal(refused, token="401"))["code"] == 101  # by the new middleware
             chat(new).to("news", 1)
             assert await client.hear() == pub("news", 1)
+
+
+async def test_who_has_not_connected_yet_cannot_where_the_new_code_does_not_speak_the_protocol() -> None:
+    @WebSocket("/chat", protocols=("plain",))
+    class Newer(Chat):
+        pass
+
+    old = AsenaServer(Chat, port=0).start()
+    async with raw(old) as connected, raw(old) as waiting:
+        await connected.connect()
+        with AsenaServer(Newer, port=old.port):
+            assert (await refusal(waiting))["code"] == 100
+            assert "rpc" in await connected.ask({"rpc": {}, "id": 2})
 
 
 # -- the clients that there are

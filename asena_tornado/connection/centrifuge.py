@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from inspect import isawaitable
 from typing import Any, ClassVar, Protocol
@@ -79,6 +80,8 @@ _KINDS = (
     "refresh", "sub_refresh",
 )  # fmt: skip
 
+_BLANK, _BLANK_BYTES = re.compile(r"\s*"), re.compile(rb"\s*")
+_TOKEN = re.compile(r'("token"\s*:\s*")((?:[^"\\]++|\\.)*+)')  # never goes back: a token may be megabytes
 _PING = frame(TEXT, b"{}")
 _MERGED = 4096  # bytes of replies that go into one frame
 _MAX_CONNECT = 1024 * 1024  # bytes of a frame from a client that nobody has let in yet
@@ -87,7 +90,7 @@ _MAX_NAME = 64  # characters of an SDK's name, and of its version
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
 _AT_ONCE = 64  # commands of one frame before others have a turn
-_HELD_CHECK = 0.5  # seconds
+_HELD_CHECK = 0.1  # seconds
 _GRACE = 25.0  # seconds that a subscription lasts once it has expired: clients refresh it at that very moment
 
 
@@ -120,7 +123,7 @@ class Asked(Protocol):
 class CentrifugeConnection(Connection):
     """A connection that speaks the protocol. Its socket is admitted once the client has connected by a command."""
 
-    __slots__ = ("_handshake", "_last", "_session", "client_name", "client_version", "pings", "reconnected")
+    __slots__ = ("_handshake", "_last", "_replied", "_session", "client_name", "client_version", "pings", "reconnected")
 
     protocol: ClassVar[ProtocolName] = "centrifuge"
     _session: Session
@@ -136,12 +139,15 @@ class CentrifugeConnection(Connection):
         self.reconnected = False
         # Where the last reply is owed, as what frame, and its text: the next one may join it.
         self._last: tuple[list[bytes], bytes, bytes] | None = None
+        self._replied = 0  # how many of what is owed there are up to the last reply
 
     def _new_dispatch(self) -> Dispatch:
+        handshake = self._handshake
+        del self._handshake  # the session keeps it as long as it is needed
         self._session = Session(
             self._loop,
             self,
-            self._handshake,
+            handshake,
             namespace=self._namespace,
             options=self._options,
             keepalive=self._keepalive,
@@ -160,6 +166,8 @@ class CentrifugeConnection(Connection):
         """The socket is open from here on, but nothing is sent until `welcome`."""
         self.socket.data = dataclasses.replace(self.socket.data, values=values)
         self._parser.limit(self._options.max_message_size)
+        if self.owed is not None:
+            self._outbox.flush()  # a pong
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
         self._namespace.admit(self.socket)
@@ -186,8 +194,15 @@ class CentrifugeConnection(Connection):
 
     def write_owed(self) -> None:
         """Hand over what the outbox gathered."""
-        self._last = None
+        dropped, taken, counts, replied = self.dropped, self.messages_out, self.owed_counts, self._replied
+        self._last, self._replied = None, 0
         super().write_owed()
+        if replied and self.dropped > dropped and self.messages_out - taken < sum(counts[:replied]):
+            self._reply_dropped()
+
+    def _reply_dropped(self) -> None:
+        """Whatever the policy: without its replies a client does not know where it is. Once it is back, it does."""
+        self._loop.call_soon(self.close, 1013)
 
     def reply(self, text: bytes) -> None:
         """Send a reply, or a push of this client's own, in one frame with those that came right before."""
@@ -204,9 +219,11 @@ class CentrifugeConnection(Connection):
             waiting = self.channel.waiting
             if waiting and (self._overflowing or waiting + self.owed_size + len(data) > self._limit):
                 self._overflow(1)
+                self._reply_dropped()
                 return
             self._outbox.send(self, data)
         owed = self.owed
+        self._replied = 0 if owed is None else len(owed)
         self._last = (owed, data, text) if owed is not None and deflate is None else None
 
     def data_received(self, data: bytes) -> None:
@@ -216,15 +233,23 @@ class CentrifugeConnection(Connection):
         self.heard_at = heard_at
 
     def ping(self, payload: bytes = b"") -> None:
-        """Send the protocol's heartbeat; with a payload, a ping of WebSocket."""
-        if payload:
+        """Send the protocol's heartbeat; with a payload, or to a client that expects none, a ping of WebSocket."""
+        if payload or not self._options.ping_interval:
             super().ping(payload)
         elif self.state is ReadyState.OPEN and self.tell_room is not None:
             self.pinged_at = self._loop.time()
             if self.ping_sent_at is None:
                 self.ping_sent_at = self.pinged_at
             self.pings += 1
-            self._outbox.send(self, _PING)
+            # Behind what is owed, and above the limit of waiting bytes, as control frames are: a client that gets no
+            # heartbeat cannot answer it.
+            self._outbox.flush()
+            self.channel.write(_PING)
+
+    def parse_on(self) -> None:
+        """Parse what waited. Until now a pong may have been waiting, too: the client was not silent."""
+        self.heard_at = self._loop.time()
+        super().parse_on()
 
     def pong(self) -> None:
         """One has been answered."""
@@ -313,6 +338,17 @@ class Session(Dispatch):
             self._client.pong()
         else:
             super().message_received(data)
+
+    def _show(self, data: str | bytes) -> None:
+        # Neither what a client connects with nor tokens: events are kept, and shown in notebooks.
+        if self._stage == _OPENED:
+            text = data if isinstance(data, str) else data.decode(errors="replace")
+            super()._show(_TOKEN.sub(lambda found: found[1] + "*" * len(found[2]), text))
+
+    def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
+        """Call a hook beside the handler, but none for a client that nobody has let in."""
+        if self._stage == _OPENED:
+            super().notify(hook, *args)
 
     async def _greet(self) -> None:
         """Everything comes after ``connect``."""
@@ -483,8 +519,8 @@ class Session(Dispatch):
             self._refuse(number, LIMIT)
         finally:
             self._own_room = None
-            if room not in self._rooms and socket.is_subscribed(room) and not was_in:
-                self.room_changed(room, True)  # by the hook itself
+            if room not in self._rooms and (is_in := socket.is_subscribed(room)) is not was_in:
+                self.room_changed(room, is_in)  # by the service, while the hook ran
 
     async def _allowed(
         self, number: int, hook: Callable[..., Any], *args: Any, with_data: bool
@@ -649,7 +685,7 @@ class Session(Dispatch):
     async def _failed(self, number: int, error: BaseException) -> None:
         if must_propagate(error):
             raise error
-        if isinstance(error, CallError) and error.code >= INTERNAL:
+        if isinstance(error, CallError) and _is_valid(error):
             log.info("%s: refused with %s", self._client.socket, error)
             if number:
                 self._refuse(number, error.code, error.message, error.temporary)
@@ -691,20 +727,32 @@ class Session(Dispatch):
         self._client.reply(b'{"push":{"channel":' + json.dumps(room).encode() + b"," + what + b"}}")
 
 
+def _is_valid(error: CallError) -> bool:
+    """Whether clients can be answered with it: codes below are their own, and a service may have given anything."""
+    code: object = error.code
+    message: object = error.message
+    return type(code) is int and INTERNAL <= code < 2**32 and isinstance(message, str)
+
+
 def _commands(data: str | bytes) -> Iterator[Any]:
     """The JSON of each line, one after the other: there may be a great many. Raises `_BadRequest`."""
-    newline: Any = "\n" if isinstance(data, str) else b"\n"
+    newline: Any
+    blank: Any
+    newline, blank = ("\n", _BLANK) if isinstance(data, str) else (b"\n", _BLANK_BYTES)
     start = 0
-    while start < len(data):
+    while True:
+        start = blank.match(data, start).end()  # in one go: a frame may hold millions of empty lines
+        if start == len(data):
+            return
         end = data.find(newline, start)
-        line = data[start : end if end >= 0 else len(data)].strip()
-        start += (end if end >= 0 else len(data)) - start + 1
-        if line:
-            try:
-                command = from_json(line, allow_inf_nan=False)
-            except ValueError as error:
-                raise _BadRequest(f"not JSON: {error}") from None
-            yield command
+        if end < 0:
+            end = len(data)
+        try:
+            command = from_json(data[start:end], allow_inf_nan=False)
+        except ValueError as error:
+            raise _BadRequest(f"not JSON: {error}") from None
+        yield command
+        start = end
 
 
 def _reply(number: int, kind: str, body: bytes) -> bytes:
@@ -754,11 +802,14 @@ def _text_of(body: bytes) -> str:
     return _with_errors(text, errors) if isinstance(errors, list) else text
 
 
-def _with_errors(text: str, errors: list[dict[str, Any]]) -> str:
-    """The text, with the first errors of a validation."""
+def _with_errors(text: str, errors: list[Any]) -> str:
+    """The text, with the first errors of a validation; a user's own ``errors`` may be anything."""
     shown = []
     for error in errors[:_SHOWN_ERRORS]:
-        where = ".".join(map(str, error.get("loc", ())))
+        if not isinstance(error, dict):
+            continue
+        loc = error.get("loc")
+        where = ".".join(map(str, loc)) if isinstance(loc, list | tuple) else ""
         said = str(error.get("msg", ""))
         if said not in text:
             shown.append(f"{where}: {said}" if where else said)

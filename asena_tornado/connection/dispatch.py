@@ -160,9 +160,8 @@ class Dispatch:
         if source.state is not ReadyState.OPEN:
             return
         self.messages_in += 1
-        events = self._namespace.events
-        if events.watched:
-            events.received(source.socket.id, data)
+        if self._namespace.events.watched:
+            self._show(data)
         self.message_at = self._keepalive.now
         inbox = self._inbox
         inbox.append(data)
@@ -179,6 +178,10 @@ class Dispatch:
         if wake is not None and not wake.done():  # done: cancelled with the task, which has not run since
             self._wake = None
             wake.set_result(None)
+
+    def _show(self, data: str | bytes) -> None:
+        """Show a message to those who watch."""
+        self._namespace.events.received(self._source.socket.id, data)
 
     def notify(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         """Call a hook beside the message handler: it may be what that handler waits for."""

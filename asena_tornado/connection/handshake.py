@@ -108,6 +108,7 @@ class Handshake:
         while self._endpoint.successor is not None:
             self._endpoint = self._endpoint.successor
         endpoint = self._endpoint
+        self._check_open()
         self._check_room()
         given = (self._query, True) if data is None else (data, True)
         self._values = given
@@ -273,10 +274,12 @@ class Handshake:
         raise Refusal(400, "Sec-WebSocket-Key must be given once and hold 16 bytes as base64")
 
     def _check_capacity(self) -> None:
-        endpoint = self._endpoint
-        if endpoint.closing:
+        self._check_open()
+        self._check_room(self._endpoint.namespace.expected)
+
+    def _check_open(self) -> None:
+        if self._endpoint.closing:
             raise Refusal(503, "the server is stopping", headers={"Retry-After": "1"})
-        self._check_room(endpoint.namespace.expected)
 
     def _check_room(self, expected: int = 0) -> None:
         """``expected``: clients that are not among the sockets yet."""

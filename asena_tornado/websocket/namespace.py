@@ -474,7 +474,7 @@ class Namespace:
     def release(self, socket: Socket[Any], code: int, reason: str) -> None:
         """Send nothing to the socket any more. `release_more` takes it out of its rooms; then ``on_close`` may run."""
         assert self.outbox is not None
-        if socket in self._expected:
+        if self._expected.pop(socket, socket) is None:  # it never came
             return
         # The open batch may be for any of its rooms, for several, or for everybody.
         self.outbox.settle(socket)
