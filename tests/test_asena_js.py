@@ -126,8 +126,7 @@ class PageClient(Client):
         await self._page.evaluate("order => { window.order(order) }", order)
 
 
-@pytest.fixture
-def texts(module: Path) -> dict[str, tuple[str, str]]:
+def texts_of(module: Path) -> dict[str, tuple[str, str]]:
     """What the page and its scripts are loaded from."""
     return {
         "/page.html": ("text/html", (HERE / "page.html").read_text()),
@@ -140,10 +139,10 @@ def texts(module: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(chromium is None, reason="no chromium on PATH")
-async def test_in_a_browser(texts: dict[str, tuple[str, str]], module: Path) -> None:
+async def test_in_a_browser(module: Path) -> None:
     playwright = pytest.importorskip("playwright.async_api")
     async with ScriptedServer() as files, playwright.async_playwright() as driver:
-        files.files = texts
+        files.files = texts_of(module)
         browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for name in scripts(module):
             page = await browser.new_page()
