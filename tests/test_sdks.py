@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +35,7 @@ from asena_tornado import (
     on,
 )
 from asena_tornado.demo import demo_server
+from tests.benchmarks.restart import free_port, restart
 from tests.scripted import ScriptedServer
 from tests.scripts import SOON, Client
 from tests.test_asena_js import ASENA, PageClient, chromium, node, packages, texts_of
@@ -299,14 +298,6 @@ async def enter(one: Client, url: str, **options: Any) -> None:
     await one.event("connected")
 
 
-def free_port() -> int:
-    """One that the system does not give away to outgoing connections while nobody listens."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise OSError("no free port")
-
-
 # -- what all of them do
 
 
@@ -527,6 +518,14 @@ async def test_who_is_too_slow_is_told_and_comes_back(client: Clients) -> None:
             await one.event("publication", channel="lobby", data="again")
             await one.do("disconnect")
             await one.event("disconnected")
+
+
+async def test_a_crowd_is_back_after_a_restart_and_nobody_twice() -> None:
+    report = await restart(40, away=0.5)
+    assert report.connected == [2] * 40
+    assert (report.opened, report.clients, report.open) == (40, 40, 40)
+    assert (report.lost, report.answered) == (40, 40)
+    assert sum(int(line.split()[4]) for line in report.histogram().splitlines()) == 40
 
 
 # -- a page, as somebody writes it
