@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import json
 import logging
 import random
@@ -114,7 +115,7 @@ async def restart(count: int, *, away: float) -> Report:
     clients = [LiveClient(url, data={"number": number}, timeout=PATIENCE) for number in range(count)]
     times: list[list[float]] = [[] for _ in clients]
     for client, at in zip(clients, times, strict=True):
-        client.on("connected", lambda event, at=at: at.append(time.monotonic()))
+        client.on("connected", functools.partial(_note, at))
     async with server(port):
         for client in clients:
             client.connect()
@@ -141,6 +142,10 @@ async def restart(count: int, *, away: float) -> Report:
     )
 
 
+def _note(at: list[float], event: object) -> None:
+    at.append(time.monotonic())
+
+
 async def _outcome(client: LiveClient, message: str) -> Any:
     try:
         return await client.rpc("", message)
@@ -162,7 +167,7 @@ def serve(port: int) -> None:
         @Get("/")
         def seen(self) -> dict[str, int]:
             namespace = running.namespaces["/x"]
-            opened = namespace.hooks.service.opened  # type: ignore[attr-defined]  # it is a Service
+            opened = namespace.hooks.service.opened
             return {"opened": len(opened), "clients": len(set(opened)), "open": len(namespace.sockets)}
 
     logging.basicConfig(level=logging.ERROR)
