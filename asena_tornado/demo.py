@@ -18,13 +18,13 @@ from .websocket.sockets import Socket
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)]
 _HEADERS = {
     "Content-Type": "text/html; charset=UTF-8",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
 
 class Person(BaseModel):
-    """Who somebody is, from the query string."""
+    """Who somebody is, as they say when they connect."""
 
     username: Name = "Anonymous"
     room: Name = "general"
@@ -64,7 +64,7 @@ class Page:
 
     @Get("/")
     def page(self, context: Context) -> Response:
-        """Answer with ``demo.html``, which may load nothing and be framed by nobody."""
+        """Answer with ``demo.html``, which may load nothing but ``asena.js``, and be framed by nobody."""
         page = (Path(__file__).parent / "demo.html").read_text(encoding="utf-8")
         return context.send(page, headers=_HEADERS)
 

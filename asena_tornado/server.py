@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from tornado.web import Application
 
+from .client.files import client_paths, client_routes
 from .client.plain import Client, connect
 from .cluster import Cluster, Gap
 from .connection import Endpoint, Front, FrontServer, quarter_of_memory, websocket_routes
@@ -104,6 +105,7 @@ class AsenaServer:
         public_url: str | None = None,
         transport: Transport | None = None,
         on_gap: Callable[[Gap], object] | None = None,
+        client_path: str | None = "/asena.js",
         inspector_path: str | None = None,
         inspector_read_only: bool = False,
         loop: LoopKind = "auto",
@@ -136,6 +138,8 @@ class AsenaServer:
             transport: What connects the server with other nodes, such as ``RedisTransport("redis://localhost")``. None
                 means that it is alone.
             on_gap: Called with a `Gap` when messages of another node are known to be lost.
+            client_path: Where to serve ``asena.js``, the client for pages, with its types beside it (``/asena.d.ts``);
+                pages of the ``allowed_origins`` may import it, too. None switches it off.
             inspector_path: Where to serve the live inspector as a page, such as ``"/inspector"``. It asks for a token:
                 see `inspector_url`.
             inspector_read_only: Whether that page can only look and not act.
@@ -192,6 +196,8 @@ class AsenaServer:
             raise ConfigurationError(
                 f"{self._inspector_path!r} is a namespace already; give the inspector another path"
             )
+        self._client_path = client_path
+        self._check_client_path()
         self._inspector_read_only = inspector_read_only
         self._loop: LoopKind = loop
         self._switch_interval = switch_interval
@@ -520,12 +526,30 @@ class AsenaServer:
         """Return the routes, to be put into ``tornado.web.Application([...])``; otherwise like `mount`."""
         site = self._site
         site.build()
+        self._check_client_path()
         hosts = self._hosts
         routes: list[Any] = [websocket_routes(path, self._find_endpoint(path), hosts) for path in site.websocket_paths]
         if self._inspector_path is not None:
             view = View(self._desk, read_only=self._inspector_read_only)
             routes += page_routes(self._inspector_path, view, hosts)
+        if self._client_path is not None:
+            routes += client_routes(self._client_path, self._origins, hosts)
         return [*routes, site.controllers.rule] if site.controllers else routes
+
+    def _check_client_path(self) -> None:
+        """Raise `ConfigurationError` where something else, as far as is known, has the path of ``asena.js``."""
+        for path in () if self._client_path is None else client_paths(self._client_path):
+            if path in self._site.websocket_paths:
+                other = "a namespace"
+            elif self._site.controllers.has(path):
+                other = "the path of a controller's method"
+            elif path == self._inspector_path:
+                other = "the inspector's path"
+            else:
+                continue
+            raise ConfigurationError(
+                f"{path!r} is {other} already: give asena.js another path with client_path=, or None to leave it out"
+            )
 
     def _find_endpoint(self, path: str) -> Callable[[], Awaitable[Endpoint]]:
         async def find() -> Endpoint:

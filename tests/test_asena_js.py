@@ -85,6 +85,23 @@ async def node(module: Path, packages: Path) -> AsyncIterator[Client]:
         assert await process.wait() == 0
 
 
+# What pages have to take the SDK for: tokens of their own for subscriptions, and that a listener that throws stops the
+# client (here the browser reports it, and the client goes on); and what the server does not answer yet.
+LEFT_OUT = {
+    "a_handler_that_throws_stops_the_client",
+    "a_refused_subscription_refresh_ends_the_subscription",
+    "a_subscription_that_gets_no_token_stays_away",
+    "an_expired_subscription_token_is_replaced",
+    "presence_and_history",
+    "subscription_tokens_are_refreshed_in_time",
+}
+
+
+def scripts(module: Path) -> list[str]:
+    """Those that the module has to pass."""
+    return [name for name in SCRIPTS if module != ASENA or name not in LEFT_OUT]
+
+
 @pytest.fixture(params=["asena.js", "the SDK"])
 def module(request: pytest.FixtureRequest, packages: Path) -> Path:
     return ASENA if request.param == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
@@ -92,6 +109,8 @@ def module(request: pytest.FixtureRequest, packages: Path) -> Path:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 async def test_in_node(name: str, module: Path, packages: Path) -> None:
+    if name not in scripts(module):
+        pytest.skip("left out of asena.js")
     async with node(module, packages) as client:
         await run(name, client)
 
@@ -107,8 +126,7 @@ class PageClient(Client):
         await self._page.evaluate("order => { window.order(order) }", order)
 
 
-@pytest.fixture
-def texts(module: Path) -> dict[str, tuple[str, str]]:
+def texts_of(module: Path) -> dict[str, tuple[str, str]]:
     """What the page and its scripts are loaded from."""
     return {
         "/page.html": ("text/html", (HERE / "page.html").read_text()),
@@ -121,12 +139,12 @@ def texts(module: Path) -> dict[str, tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(chromium is None, reason="no chromium on PATH")
-async def test_in_a_browser(texts: dict[str, tuple[str, str]]) -> None:
+async def test_in_a_browser(module: Path) -> None:
     playwright = pytest.importorskip("playwright.async_api")
     async with ScriptedServer() as files, playwright.async_playwright() as driver:
-        files.files = texts
+        files.files = texts_of(module)
         browser = await driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for name in SCRIPTS:
+        for name in scripts(module):
             page = await browser.new_page()
             client = PageClient(page)
             await page.expose_function("report", lambda what, client=client: client.report(json.loads(what)))

@@ -80,7 +80,8 @@ def test_the_demo_is_a_chat_with_a_page_and_an_inspector(tmp_path: Path):
         inspector = process.stdout.readline().split()[-1]
         with urllib.request.urlopen(page) as answer:
             assert answer.headers["Content-Type"].startswith("text/html")
-            assert b"new WebSocket" in answer.read()
+            assert b"./asena.js" in answer.read()
+        assert status(f"{page}asena.js") == 200
         assert status(inspector) == 200
         assert status(inspector.partition("?")[0]) == 403
         url = page.replace("http", "ws", 1) + "chat"

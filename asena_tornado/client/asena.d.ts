@@ -10,8 +10,6 @@ export interface Options {
   getToken?: null | ((ctx: { channel?: undefined }) => Promise<string | null>);
   /** What the service gets with the connection. */
   data?: any;
-  /** The same, asked for at each attempt to connect. */
-  getData?: null | (() => Promise<any>);
   /** What the service gets as headers, which a browser cannot send. */
   headers?: Record<string, string>;
   /** Of the client, for whoever watches the server. */
@@ -35,7 +33,6 @@ export interface StreamPosition {
 
 export interface SubscriptionOptions {
   token?: string;
-  getToken?: null | ((ctx: { channel: string }) => Promise<string | null>);
   data?: any;
   /** Where to go on from. */
   since?: StreamPosition;
@@ -127,37 +124,11 @@ export interface SubscriptionEvents {
 
 interface Emitter<Events> {
   on<E extends keyof Events>(event: E, listener: (ctx: Events[E]) => void): this;
-  once<E extends keyof Events>(event: E, listener: (ctx: Events[E]) => void): this;
   off<E extends keyof Events>(event: E, listener: (ctx: Events[E]) => void): this;
 }
 
-export interface HistoryOptions {
-  limit?: number;
-  since?: StreamPosition;
-  reverse?: boolean;
-}
-
-export interface HistoryResult extends StreamPosition {
-  publications: PublicationContext[];
-}
-
-export interface PresenceResult {
-  clients: Record<string, ClientInfo>;
-}
-
-export interface PresenceStatsResult {
-  numClients: number;
-  numUsers: number;
-}
-
-/** For `getToken` to throw when there will be no token. */
-export class UnauthorizedError extends globalThis.Error {}
-
-export interface Subscription extends Emitter<SubscriptionEvents> {}
-
 /** A room; made by `newSubscription`. */
-export class Subscription {
-  private constructor();
+export interface Subscription extends Emitter<SubscriptionEvents> {
   readonly channel: string;
   readonly state: SubscriptionState;
   subscribe(): void;
@@ -165,9 +136,6 @@ export class Subscription {
   /** Resolves once it is subscribed; rejects when it is unsubscribed, or after `timeout` milliseconds. */
   ready(timeout?: number): Promise<void>;
   publish(data: any): Promise<{}>;
-  history(options?: HistoryOptions): Promise<HistoryResult>;
-  presence(): Promise<PresenceResult>;
-  presenceStats(): Promise<PresenceStatsResult>;
 }
 
 export interface Centrifuge extends Emitter<ClientEvents> {}
@@ -179,16 +147,11 @@ export class Centrifuge {
   disconnect(): void;
   /** Resolves once it is connected; rejects when it is disconnected, or after `timeout` milliseconds. */
   ready(timeout?: number): Promise<void>;
-  setToken(token: string): void;
-  setData(data: any): void;
   rpc(method: string, data: any): Promise<{ data: any }>;
   send(data: any): Promise<void>;
   publish(channel: string, data: any): Promise<{}>;
-  history(channel: string, options?: HistoryOptions): Promise<HistoryResult>;
-  presence(channel: string): Promise<PresenceResult>;
-  presenceStats(channel: string): Promise<PresenceStatsResult>;
   newSubscription(channel: string, options?: SubscriptionOptions): Subscription;
   getSubscription(channel: string): Subscription | null;
-  removeSubscription(subscription: Subscription | null): void;
+  removeSubscription(subscription: Subscription): void;
   subscriptions(): Record<string, Subscription>;
 }

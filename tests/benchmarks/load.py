@@ -1,6 +1,6 @@
 """The load generator: one process that is every client of one run.
 
-    python -m tests.benchmarks.load CASE --port PORT [--pid SERVER_PID] [--dialect socket.io] …
+    python -m tests.benchmarks.load CASE --port PORT [--pid SERVER_PID] [--dialect centrifuge] …
 
 It speaks WebSocket on raw sockets, so the same client stands in front of every server, and prints what it
 measured as one JSON object. Before the clock starts every client has received the case's messages whole and
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-Dialect = Literal["websocket", "socket.io"]
+Dialect = Literal["websocket", "socket.io", "centrifuge"]
 
 READY = b"ready"  # what a server sends to a client once it is in the room
 PATIENCE = 30.0  # seconds to wait for what a server owes us before the run counts as failed
@@ -90,6 +90,8 @@ CASES: dict[str, Case] = {
         Case("echo-1-tls", "Echo on 100 sockets over TLS, 1 in flight",
              "echo", "echo", "messages/s", 100, 1, tls=True, host="tls"),
         Case("echo-alone", "Echo on 1 socket, 1 in flight", "echo", "echo", "messages/s", 1, 1),
+        Case("rpc-1", "Calls on 100 sockets, 1 in flight", "echo", "rpc", "calls/s", 100, 1),
+        Case("rpc-16", "Calls on 100 sockets, 16 in flight", "echo", "rpc", "calls/s", 100, 16),
         Case("handshakes", "Connect, 101, close; 64 at a time", "handshakes", "echo", "handshakes/s", 64),
         Case("memory", "Memory per idle connection, of 5,000", "memory", "echo", "KiB", 5_000,
              lower_is_better=True),
@@ -155,10 +157,34 @@ def client_frame(opcode: int, payload: bytes, mask: bytes = b"\x5a\x01\xc3\x7e")
 
 
 def message_frame(dialect: Dialect, path: str, payload: bytes) -> bytes:
-    """A message to the service at `path`: binary, or an event of that name in a Socket.IO packet."""
+    """A message to the service at `path`: binary, an event of that name for Socket.IO, or a command of Centrifuge's.
+
+    What goes to `rpc` is a call, as socket.io-client's `emitWithAck`, python-socketio's `call` and the `rpc` of
+    Centrifugo's SDKs make it, except that its number is always the same: so each answer has the same size.
+    """
+    call = path == "rpc"
     if dialect == "socket.io":
-        return client_frame(0x1, b'42["%s","%s"]' % (path.encode(), payload))
+        return client_frame(0x1, b'42%s["%s","%s"]' % (b"1" * call, path.encode(), payload))
+    if dialect == "centrifuge":
+        command = b'{"rpc":{"method":"","data":"%s"},"id":1}' if call else b'{"send":{"data":"%s"}}'
+        return client_frame(0x1, command % payload)
     return client_frame(0x2, payload)
+
+
+def message_of(dialect: Dialect, path: str, packet: bytes) -> bytes:
+    """What is in a packet of the dialect; the packet itself if it is not a message or an answer."""
+    if dialect == "socket.io":
+        start, name = (b"431[", []) if path == "rpc" else (b"42[", [path])
+        if packet.startswith(start):
+            *said, value = json.loads(packet[len(start) - 1 :])
+            return value.encode() if said == name else packet
+    if dialect == "centrifuge":
+        said = json.loads(packet)
+        for kind in (said, *said.get("push", {}).values()):
+            found = kind.get("rpc", kind) if isinstance(kind, dict) else {}
+            if isinstance(found.get("data"), str):
+                return found["data"].encode()
+    return packet
 
 
 def header(data: bytes | memoryview, at: int, end: int) -> tuple[int, int, int] | None:
@@ -230,7 +256,11 @@ class Client:
         self.frame_size = 0  # bytes on the wire of the message read last
         self.compressed = False  # whether that message was
         self._data = b""  # received, not yet read
-        target = "/socket.io/?EIO=4&transport=websocket" if dialect == "socket.io" else f"/{path}"
+        target = {
+            "websocket": f"/{path}",
+            "socket.io": "/socket.io/?EIO=4&transport=websocket",
+            "centrifuge": f"/{path}/connection/websocket",
+        }[dialect]
         offer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
         self._request = (
             f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
@@ -253,7 +283,7 @@ class Client:
         self.sock.sendall(self._request)
 
     def accept(self) -> None:
-        """Read the handshake's answer; for Socket.IO also open the namespace (which is when it is ready)."""
+        """Read the handshake's answer; where there is more to connecting, do it (after which the client is ready)."""
         while b"\r\n\r\n" not in self._data:
             self._read_more()
         head, _, self._data = self._data.partition(b"\r\n\r\n")
@@ -263,6 +293,9 @@ class Client:
             self._expect(b"0{")
             self.sock.sendall(client_frame(0x1, b"40"))
             self._expect(b"40")
+        elif self.dialect == "centrifuge":
+            self.sock.sendall(client_frame(0x1, b'{"connect":{},"id":1}'))
+            self._expect(b'{"id":1,"connect":')
 
     def expect_ready(self) -> None:
         """Wait until the server has put this client into its room."""
@@ -273,12 +306,8 @@ class Client:
         self.sock.sendall(message_frame(self.dialect, self.path, payload))
 
     def receive(self) -> bytes:
-        """The payload of the next message, inflated, without Socket.IO's packaging."""
-        payload = self._message()
-        if self.dialect == "socket.io":
-            name, value = json.loads(payload[2:])
-            return value.encode() if payload.startswith(b"42") and name == self.path else payload
-        return payload
+        """The payload of the next message, inflated, without the dialect's packaging."""
+        return message_of(self.dialect, self.path, self._message())
 
     def _expect(self, start: bytes) -> None:
         if not (message := self._message()).startswith(start):
@@ -315,11 +344,13 @@ class Client:
 
 
 def reply_to(dialect: Dialect, first: int, payload: bytes) -> bytes | None:
-    """The answer a keep-alive frame asks for: a pong to a ping, or an Engine.IO pong to an Engine.IO ping."""
+    """The answer a keep-alive frame asks for: a pong to a ping, also to one of Engine.IO's or Centrifuge's."""
     if first & 0x0F == 0x9:
         return client_frame(0xA, payload)
     if dialect == "socket.io" and payload == b"2" and first & 0x0F == 0x1:
         return client_frame(0x1, b"3")
+    if dialect == "centrifuge" and payload == b"{}":
+        return client_frame(0x1, b"{}")
     return None
 
 
@@ -345,14 +376,17 @@ def connect(count: int, case: Case, port: int, dialect: Dialect) -> list[Client]
 def check(clients: list[Client], case: Case) -> int:
     """See, message by message, that the server does what the case is about. Returns the bytes one takes."""
     payloads = [text(case.payload, seed) for seed in (1, 2, 0)]
-    senders = clients if case.path == "echo" else clients[:1]
-    for payload in payloads:
+    senders = clients if case.path in ("echo", "rpc") else clients[:1]
+    one_by_one = case.path == "rpc"  # answers may come several in a frame
+    for payload in [] if one_by_one else payloads:
         for client in senders:
             client.send(payload)
     for client in clients:
         if case.kind == "chat" and client is senders[0]:
             continue
         for payload in payloads:
+            if one_by_one:
+                client.send(payload)
             if (received := client.receive()) != payload:
                 raise LoadError(f"a client received {received[:80]!r} where {payload[:80]!r} was due")
             if case.compress and not client.compressed:
@@ -366,17 +400,20 @@ def check(clients: list[Client], case: Case) -> int:
 class Wire:
     """Every socket of a run behind one epoll, counting the messages each receives.
 
-    `size` is what one message takes on the wire, in bytes. Edge-triggered: an emptied socket costs nothing.
+    `size` is what one message takes on the wire, in bytes. Edge-triggered: an emptied socket costs nothing. A frame of
+    Centrifuge's may have several answers, with a newline between them; where whole frames happen to have the length
+    of as many messages, there are as many.
     """
 
     def __init__(self, clients: list[Client], size: int) -> None:
         self._size = size
         self._dialect = clients[0].dialect
+        self._payload = size - (2 if size < 128 else 4 if size < 65_540 else 10)
         self._clients = clients  # keeps the sockets open
         self._socks = {client.sock.fileno(): client.sock for client in clients}
         self._recv = {fd: sock.recv_into for fd, sock in self._socks.items()}
         self._cut: dict[int, bytes] = {}  # the start of a frame whose header has not arrived whole
-        self._owed: dict[int, tuple[int, int]] = {}  # payload bytes still to come of a frame, and 1 if it is a message
+        self._owed: dict[int, tuple[int, int]] = {}  # payload bytes still to come of a frame, and its messages
         self._unsent: dict[int, bytes] = {}
         self.total = 0  # messages received
         self._looked = self._found = 0
@@ -450,13 +487,13 @@ class Wire:
                     at, count = owed, count + one
             while at < end:
                 found = header(data, at, end)
-                # What may want an answer (control frames, Engine.IO's one-byte ping) is looked at whole.
-                if found is None or (end - at < found[1] + found[2] <= 127 and (found[0] & 0x08 or found[2] == 1)):
+                # What may want an answer (control frames, short pings of Engine.IO and Centrifuge) is looked at whole.
+                if found is None or (end - at < found[1] + found[2] <= 127 and (found[0] & 0x08 or found[2] <= 2)):
                     self._cut[fd] = bytes(data[at:end])
                     break
                 first, length, payload = found
                 reply = None
-                if first & 0x08 or payload == 1:
+                if first & 0x08 or payload <= 2:
                     if first & 0x0F == 0x8:
                         raise LoadError(
                             f"the server closed a connection: {bytes(data[at + 2 : at + length + payload])!r}"
@@ -465,6 +502,8 @@ class Wire:
                     if reply:
                         self.send(fd, reply)
                 one = 0 if reply or first & 0x08 or not first & 0x80 else 1
+                if one and self._dialect == "centrifuge":
+                    one = (payload + 1) // (self._payload + 1)
                 at += length + payload
                 if at > end:
                     self._owed[fd] = (at - end, one)
@@ -775,7 +814,7 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--pid", type=int, help="the server's process, to measure its CPU time and memory")
-    parser.add_argument("--dialect", choices=["websocket", "socket.io"], default="websocket")
+    parser.add_argument("--dialect", choices=["websocket", "socket.io", "centrifuge"], default="websocket")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--core", type=int, help="the core to stay on")
     parser.add_argument("--quick", action="store_true", help="with few sockets")

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.peers PEER PORT
 
 `/room` passes a message on to all who are connected there, `/chat` to all but its sender, `/echo` to its
-sender alone; who is in the room is told so with one message. Every server that can speaks permessage-deflate
+sender alone; who is in the room is told so with one message. `/rpc` answers calls, where there are such, with what they
+ask. Every server that can speaks permessage-deflate
 to a client that asks for it. Tornado, websockets and aiohttp run on asyncio's own loop, picows and uvicorn on
 uvloop. Servers ping as often as they do by default, but none gives up on a client that answers late, as the
 generator does while it opens 10,000 connections. All other settings are the defaults; those that differ say why.
@@ -87,6 +88,42 @@ def asena_services() -> list[type]:
             ws.send(message)
 
     return [Room, Chat, Echo]
+
+
+def asena_tornado_centrifuge(port: int) -> None:
+    """The same for Centrifuge clients, without uvloop; who is connected is in the room."""
+    sys.modules["uvloop"] = None  # type: ignore[assignment]  # likewise
+    from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
+
+    options = WebSocketOptions(compression=True, ping_timeout=None)
+
+    @WebSocket("/room", options=options)
+    class Room(AsenaWebSocketService):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("everyone")
+
+        def on_message(self, ws: Socket, message: str) -> None:
+            self.to("everyone", message)
+
+    @WebSocket("/chat", options=options)
+    class Chat(AsenaWebSocketService):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("everyone")
+
+        def on_message(self, ws: Socket, message: str) -> None:
+            ws.publish("everyone", message)
+
+    @WebSocket("/echo", options=options)
+    class Echo(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> None:
+            ws.send(message)
+
+    @WebSocket("/rpc", options=options)
+    class Rpc(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: str) -> str:
+            return message
+
+    AsenaServer(Room, Chat, Echo, Rpc, port=port).run()
 
 
 def asena_notebook(port: int, cell: str) -> None:
@@ -187,6 +224,10 @@ def socketio_server(async_mode: str) -> Any:
     @server.on("echo")
     async def echo(sid: str, data: str) -> None:
         await server.emit("echo", data, to=sid)
+
+    @server.on("rpc")
+    async def rpc(sid: str, data: str) -> str:
+        return data
 
     return server
 
@@ -361,6 +402,20 @@ def bun(port: int) -> None:
     os.execv(executable, [executable, str(Path(__file__).with_name("bun_server.js")), str(port), str(LIFETIME)])
 
 
+def socketio_node(port: int) -> None:
+    executable = shutil.which("node")
+    assert executable is not None
+    os.execv(executable, [executable, str(Path(__file__).with_name("socketio_server.js")), str(port), str(LIFETIME)])
+
+
+def node(expression: str) -> str:
+    """What Node prints of an expression, "" if that fails."""
+    if shutil.which("node") is None:
+        return ""
+    command = ["node", "--print", expression]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def installed(distribution: str) -> str | None:
     """The version of it, or None."""
     try:
@@ -383,6 +438,9 @@ class Peer:
         """How to install what is not there, or None if everything is."""
         if self.name == "bun":
             return None if shutil.which("bun") else "no bun on PATH; npm install --global bun"
+        if self.name == "socketio-node":
+            found = node("require.resolve('socket.io')")
+            return None if found else "no socket.io; npm install --prefix DIR socket.io, and NODE_PATH=DIR/node_modules"
         absent = [name for name in self.requires if installed(name) is None]
         wanted = " ".join(["pip install -e '.[bench]'", *(name for name in absent if name != "asena_tornado")])
         return f"no {', '.join(absent)}; {wanted}" if absent else None
@@ -390,12 +448,16 @@ class Peer:
     def version(self) -> str:
         if self.name == "bun":
             return subprocess.run(["bun", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        if self.name == "socketio-node":
+            return node("`socket.io ${require('socket.io/package.json').version}, node ${process.version}`")
         return ", ".join(f"{name} {installed(name)}" for name in self.requires)
 
     def cannot(self, case: Case) -> str | None:
         """Why this peer does not take part in a case, or None if it does."""
         if case.host is not None and self.serve is not asena_tornado:
             return "is not asked"
+        if case.path == "rpc" and self.dialect == "websocket":
+            return "has no calls"
         return self.without.get(case.name)
 
 
@@ -404,6 +466,7 @@ PEERS: dict[str, Peer] = {
     for peer in [
         Peer("asena_tornado", asena_tornado, ("asena_tornado", "tornado")),
         Peer("asena_tornado-uvloop", asena_tornado_uvloop, ("asena_tornado", "tornado", "uvloop")),
+        Peer("asena_tornado-centrifuge", asena_tornado_centrifuge, ("asena_tornado", "tornado"), "centrifuge"),
         Peer("bun", bun, ()),
         Peer("picows", picows, ("picows", "uvloop"), without={"fanout-deflate": "has no compression"}),
         Peer("websockets", websockets, ("websockets",)),
@@ -417,6 +480,7 @@ PEERS: dict[str, Peer] = {
             "socket.io",
         ),
         Peer("socketio-tornado", socketio_tornado, ("python-socketio", "tornado"), "socket.io"),
+        Peer("socketio-node", socketio_node, (), "socket.io"),
     ]
 }
 

@@ -17,7 +17,8 @@ export function drive({ Centrifuge, UnauthorizedError }, report, websocket) {
     return async (ctx) => {
       report({ event: asked, ctx: copy(ctx) });
       const next = left.shift();
-      if (next?.unauthorized) throw new UnauthorizedError("");
+      if (next?.unauthorized && UnauthorizedError) throw new UnauthorizedError("");
+      if (next?.unauthorized) return null;
       if (next?.error || next === undefined) throw new Error(next?.error ?? `no more for ${asked}`);
       return next;
     };
@@ -42,7 +43,10 @@ export function drive({ Centrifuge, UnauthorizedError }, report, websocket) {
     remove: (room) => client.removeSubscription(client.getSubscription(room)),
     rooms: () => Object.keys(client.subscriptions()),
     stateOf: (room) => (room ? client.getSubscription(room) : client).state,
-    disconnectOn: (event) => void client.once(event, () => client.disconnect()),
+    disconnectOn(event) {
+      const disconnect = () => client.off(event, disconnect).disconnect();
+      client.on(event, disconnect);
+    },
     throwOn(event) {
       client.on(event, () => {
         throw new Error("a handler's mistake");
