@@ -38,6 +38,7 @@ from .web.controllers import Controller, Delete, Get, Patch, Post, Put
 from .web.http import Context, Response
 from .web.middlewares import RateLimit, RequestLog, TokenAuth
 from .websocket.events import HandlerError
+from .websocket.history import History, HistoryEntry, Position, RoomOptions
 from .websocket.hooks import SubscribeRequest, Subscription
 from .websocket.namespace import Addressed
 from .websocket.options import WebSocketOptions
@@ -69,6 +70,8 @@ __all__ = [
     "Get",
     "HandlerError",
     "HandshakeRefused",
+    "History",
+    "HistoryEntry",
     "HookNameWarning",
     "Inject",
     "InjectionError",
@@ -83,6 +86,7 @@ __all__ = [
     "Next",
     "Patch",
     "PortInUseError",
+    "Position",
     "Post",
     "Put",
     "RateLimit",
@@ -92,6 +96,7 @@ __all__ = [
     "Response",
     "RoomLimitError",
     "RoomNameError",
+    "RoomOptions",
     "ServerStateError",
     "Service",
     "Socket",

@@ -658,7 +658,7 @@ async def test_pushes_and_replies_may_be_compressed(takeover: bool) -> None:
 # -- what is not there, and what is wrong
 
 
-@pytest.mark.parametrize("kind", ["presence", "presence_stats", "history", "sub_refresh", "refresh"])
+@pytest.mark.parametrize("kind", ["presence", "presence_stats", "sub_refresh", "refresh"])
 async def test_what_is_not_available_says_so(kind: str) -> None:
     async with AsenaServer(Chat, port=0) as server, raw(server) as client:
         await client.connect()

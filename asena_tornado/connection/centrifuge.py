@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from inspect import isawaitable
 from typing import Any, ClassVar, Protocol
 
@@ -23,10 +24,12 @@ from ..errors import (
     InvalidMessageError,
     RoomLimitError,
     RoomNameError,
+    TransportError,
     must_propagate,
     shortened,
 )
 from ..web.http import Answered, Context, Response, make_response
+from ..websocket.history import Kept, Position, Recovery
 from ..websocket.hooks import SubscribeRequest, Subscription
 from ..websocket.messages import TEXT, Message, bytes_of, encode, frame
 from ..websocket.sockets import ProtocolName, ReadyState
@@ -36,8 +39,8 @@ from .dispatch import Dispatch
 log = logging.getLogger("asena_tornado")
 
 # Codes of errors, with Go's texts.
-INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, EXPIRED, TOO_MANY = (
-    100, 101, 103, 104, 105, 106, 107, 108, 109, 111,
+INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, EXPIRED, TOO_MANY, UNRECOVERABLE = (
+    100, 101, 103, 104, 105, 106, 107, 108, 109, 111, 112,
 )  # fmt: skip
 _TEXTS = {
     INTERNAL: "internal server error",
@@ -49,6 +52,7 @@ _TEXTS = {
     NOT_AVAILABLE: "not available",
     EXPIRED: "token expired",
     TOO_MANY: "too many requests",
+    UNRECOVERABLE: "unrecoverable position",
 }
 _TEMPORARY = frozenset((INTERNAL, TOO_MANY))
 
@@ -66,8 +70,15 @@ _CLOSES = {
     1013: (3008, "slow"),
     1014: (3004, "internal server error"),
 }
-_REASONS = dict(_CLOSES.values()) | {3000: "connection closed", 3012: "no pong", 3502: "stale"}
+_REASONS = dict(_CLOSES.values()) | {
+    3000: "connection closed",
+    3010: "insufficient state",
+    3012: "no pong",
+    3502: "stale",
+}
 _UNSUBSCRIBED = b'{"code":2000,"reason":"server unsubscribe"}'
+_INSUFFICIENT = b'{"code":2500,"reason":"insufficient state"}'
+_REFUSE_UNRECOVERABLE = 2  # in the flag of a subscribe: answer with 112 instead of recovered: false
 
 # Of two requests in one command, the first of these counts, as in Go.
 _KINDS = (
@@ -152,6 +163,7 @@ class CentrifugeConnection(Connection):
         self._parser.limit(self._options.max_message_size)
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
+        self.lose_room = self._session.room_lost
         self._namespace.admit(self.socket)
         self._loop.call_later(_HELD_CHECK, self._check_held)
 
@@ -380,14 +392,46 @@ class Session(Dispatch):
         hook = self._namespace.hooks.open
         if hook is not None:
             await self._run(hook, client.socket)
+        recovered = await self._recover(body)
         if client.state is ReadyState.OPEN:
             interval = self._options.ping_interval
             result: dict[str, Any] = {"client": client.socket.id, "version": "asena_tornado"}
             if interval:
                 result |= {"ping": math.ceil(interval), "pong": True}
-            if rooms := self._namespace.rooms_of(client.socket):
-                result["subs"] = {room: {} for room in rooms}
-            client.welcome(_reply(number, "connect", json.dumps(result).encode()))
+            text = json.dumps(result).encode()
+            if subs := self._subs(recovered):
+                text = text[:-1] + b',"subs":{' + subs + b"}}"
+            client.welcome(_reply(number, "connect", text))
+
+    async def _recover(self, body: dict[str, Any]) -> dict[str, tuple[Position, Recovery]]:
+        """What the client asks for and has missed of the rooms that the service has put it in, by room."""
+        histories, socket = self._namespace.histories, self._client.socket
+        if histories is None or self._client.state is not ReadyState.OPEN:
+            return {}
+        asked = body.get("subs") or {}
+        if not isinstance(asked, dict) or not all(isinstance(each, dict) for each in asked.values()):
+            raise _BadRequest("subs that are none")
+        since = {room: position for room, each in asked.items() if (position := _position(each)) is not None}
+        await histories.settle(self._namespace.rooms_of(socket))
+        recovered = await histories.recover(socket, since)
+        return {room: (since[room], recovery) for room, recovery in recovered.items()}
+
+    def _subs(self, recovered: dict[str, tuple[Position, Recovery]]) -> bytes:
+        """The rooms that the client is in, as far as their positions are known: it is told of the others later."""
+        subs = []
+        histories, socket = self._namespace.histories, self._client.socket
+        for room in self._namespace.rooms_of(socket):
+            text = b"{}"
+            if histories is not None and histories.remembers(room):
+                position = histories.told(socket, room)
+                if position is None:
+                    continue
+                since, recovery = recovered.get(room, (None, None))
+                if recovery is None or recovery.position != position:  # it has left the room and come again meanwhile
+                    recovery = Recovery(position)
+                text = _subscribed(recovery, since)
+            subs.append(json.dumps(room).encode() + b":" + text)
+        return b",".join(subs)
 
     async def _rpc(self, number: int, body: dict[str, Any]) -> None:
         method = body.get("method") or ""
@@ -440,10 +484,13 @@ class Session(Dispatch):
             if self._client.state is not ReadyState.OPEN:
                 return
             if allowed:
-                reply = _reply(number, "subscribe", await self._subscribed(number, answer))
-                self._namespace.join(socket, room)
-                self._rooms.add(room)
-                self._client.reply(reply)
+                result = await self._subscribed(number, answer)
+                histories = self._namespace.histories
+                if histories is not None and histories.remembers(room):
+                    since = _position(body)
+                    await histories.enter(room, since, partial(self._enter, number, body, room, result, since))
+                else:
+                    self._enter(number, body, room, result, None, None)
             elif answer is False or answer is None:
                 self._refuse(number, DENIED)
             elif answer is not _FAILED:
@@ -453,12 +500,38 @@ class Session(Dispatch):
                 )
         except RoomLimitError:
             self._refuse(number, LIMIT)
+        except TransportError as error:
+            log.warning("%s cannot come into %r: %s", socket, room, error)
+            self._refuse(number, INTERNAL)
         except _Answered:
             pass
         finally:
             self._own_room = None
             if room not in self._rooms and socket.is_subscribed(room) and not was_in:
                 self.room_changed(room, True)  # by the hook itself
+
+    def _enter(
+        self,
+        number: int,
+        body: dict[str, Any],
+        room: str,
+        result: bytes,
+        since: Position | None,
+        recovery: Recovery | None,
+    ) -> None:
+        """Join, and say so, in one step: what is sent to the room from now on follows the reply."""
+        if self._client.state is not ReadyState.OPEN:
+            return
+        if recovery is not None:
+            flag = body.get("flag")
+            if since is not None and not recovery.recovered and isinstance(flag, int) and flag & _REFUSE_UNRECOVERABLE:
+                self._refuse(number, UNRECOVERABLE)
+                return
+            position = _subscribed(recovery, since)
+            result = position if result == b"{}" else result[:-1] + b"," + position[1:]
+        self._namespace.join(self._client.socket, room)
+        self._rooms.add(room)
+        self._client.reply(_reply(number, "subscribe", result))
 
     async def _subscribed(self, number: int, answer: Any) -> bytes:
         """What the reply tells."""
@@ -505,6 +578,40 @@ class Session(Dispatch):
         else:
             self._client.reply(_reply(number, "publish", b"{}"))
 
+    async def _history(self, number: int, body: dict[str, Any]) -> None:
+        room = self._room(number, body)
+        if room is None:
+            return
+        histories, since = self._namespace.histories, body.get("since")
+        limit, reverse = body.get("limit", 0), body.get("reverse") or False
+        if not self._client.socket.is_subscribed(room):
+            self._refuse(number, DENIED)
+        elif histories is None or not histories.remembers(room):
+            self._refuse(number, NOT_AVAILABLE)
+        elif type(limit) is not int or type(reverse) is not bool or not isinstance(since, dict | None):
+            self._refuse(number, BAD)
+        else:
+            position = None if since is None else _position({**since, "recover": True})
+            try:
+                log = await histories.read(
+                    room,
+                    since=None if position is None else position.offset,
+                    limit=None if limit < 0 else limit,
+                    reverse=reverse,
+                )
+            except TransportError:
+                self._refuse(number, INTERNAL)
+                return
+            if position is not None and position.epoch not in ("", log.position.epoch):
+                self._refuse(number, UNRECOVERABLE)
+                return
+            text = b'{"publications":[%b],"epoch":%b,"offset":%d}' % (
+                _publications(log.entries),
+                json.dumps(log.position.epoch).encode(),
+                log.position.offset,
+            )
+            self._client.reply(_reply(number, "history", text))
+
     async def _refresh(self, number: int, body: dict[str, Any]) -> None:
         if not _token(body):
             raise _BadRequest("a refresh without a token")
@@ -521,7 +628,7 @@ class Session(Dispatch):
         "publish": _publish,
         "presence": _unavailable,
         "presence_stats": _unavailable,
-        "history": _unavailable,
+        "history": _history,
         "rpc": _rpc,
         "send": _send,
         "refresh": _refresh,
@@ -573,11 +680,33 @@ class Session(Dispatch):
 
     def room_changed(self, room: str, joined: bool) -> None:
         """The socket is in the room, or has left it, and not because the client has asked for that."""
+        histories, told = self._namespace.histories, b"{}"
+        if joined and histories is not None and histories.remembers(room):
+            position = histories.told(self._client.socket, room)
+            if position is None:
+                return
+            told = _subscribed(Recovery(position), None)
         if room == self._own_room:
             return
         self._rooms.discard(room)
-        what = b'"subscribe":{}' if joined else b'"unsubscribe":' + _UNSUBSCRIBED
+        what = b'"subscribe":' + told if joined else b'"unsubscribe":' + _UNSUBSCRIBED
         self._client.reply(b'{"push":{"channel":' + json.dumps(room).encode() + b"," + what + b"}}")
+
+    def room_lost(self, room: str) -> None:
+        """The client has missed something in the room that nobody has any more: it has to begin anew."""
+        if room not in self._rooms:
+            # No code makes it come back into a room that it has not asked for.
+            self._loop.call_soon(self._client.close, 3010, "insufficient state")
+            return
+        own, self._own_room = self._own_room, room
+        try:
+            self._namespace.leave(self._client.socket, room)
+        finally:
+            self._own_room = own
+        self._rooms.discard(room)
+        self._client.reply(
+            b'{"push":{"channel":' + json.dumps(room).encode() + b',"unsubscribe":' + _INSUFFICIENT + b"}}"
+        )
 
 
 class _Answered(Exception):
@@ -598,6 +727,36 @@ def _commands(data: str | bytes) -> Iterator[Any]:
             except ValueError as error:
                 raise _BadRequest(f"not JSON: {error}") from None
             yield command
+
+
+def _position(body: dict[str, Any]) -> Position | None:
+    """Where a client wants to go on; None if it begins."""
+    if not body.get("recover"):
+        return None
+    epoch, offset = body.get("epoch") or "", body.get("offset") or 0
+    if not isinstance(epoch, str) or type(offset) is not int or offset < 0:
+        raise _BadRequest("a position that is none")
+    return Position(epoch, offset)
+
+
+def _subscribed(recovery: Recovery, since: Position | None) -> bytes:
+    """What a client is told of a room with a history, as it begins to follow it."""
+    position = recovery.position
+    # As in Go: a client that is interrupted among the publications has then only moved as far as it got.
+    offset = since.offset if since is not None and recovery.recovered else position.offset
+    text = b'{"recoverable":true,"positioned":true,"epoch":%b,"offset":%d' % (
+        json.dumps(position.epoch).encode(),
+        offset,
+    )
+    if since is not None:
+        text += b',"was_recovering":true,"recovered":%b' % (b"true" if recovery.recovered else b"false")
+        if recovery.missed:
+            text += b',"publications":[' + _publications(recovery.missed) + b"]"
+    return text + b"}"
+
+
+def _publications(entries: Iterable[Kept]) -> bytes:
+    return b",".join([kept.publication for kept in entries])
 
 
 def _reply(number: int, kind: str, body: bytes) -> bytes:

@@ -85,11 +85,7 @@ class Message:
     @property
     def json(self) -> bytes:
         """The data as JSON: as it was encoded, a text as a string, bytes as ``{"base64": "…"}``."""
-        if self.is_json:
-            return self.payload
-        if self.opcode == BINARY:
-            return b'{"base64":"' + base64.b64encode(self.payload) + b'"}'
-        return to_json(self.payload.decode())
+        return as_json(self.opcode, self.payload, self.is_json)
 
     def push(self, room: str | None) -> Message:
         """What Centrifuge clients get instead: a publication in the room, or (None) a message. Made once for each."""
@@ -106,6 +102,15 @@ class Message:
                 text = b'{"push":{"channel":' + json.dumps(room).encode() + b',"pub":{"data":' + data + b"}}}"
             made = pushes[room] = Message(TEXT, text, is_json=True)
         return made
+
+
+def as_json(opcode: int, payload: bytes, is_json: bool) -> bytes:
+    """See `Message.json`."""
+    if is_json:
+        return payload
+    if opcode == BINARY:
+        return b'{"base64":"' + base64.b64encode(payload) + b'"}'
+    return to_json(payload.decode())
 
 
 def encode(data: object) -> Message:

@@ -19,6 +19,7 @@ from typing import (
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
 from .calls import on
+from .history import History, Position, RoomOptions, RoomRules, room_rules
 from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
@@ -143,6 +144,32 @@ class AsenaWebSocketService(Generic[T]):
         """
         return self._bound().in_(data, exclude=exclude)
 
+    async def history(
+        self, room: str, since: Position | None = None, *, limit: int | None = 100, reverse: bool = False
+    ) -> History:
+        """Return what a room remembers of what was sent to it; the room needs a history, see `RoomOptions`.
+
+        Centrifuge clients that come back get what they missed by themselves; with this, plain clients can ask for it.
+
+        Args:
+            room: The room's name.
+            since: Only what was sent after this position; reversed, before it. If its epoch is not the room's, it
+                counts for nothing: `History.continues` tells.
+            limit: The most entries; 0 for the position only, None for all there are.
+            reverse: Newest first, instead of oldest first.
+
+        Returns:
+            A `History`: the room's epoch and offset, and the entries.
+
+        Raises:
+            ConfigurationError: The room has no history.
+            RoomNameError: The name is empty, too long, or not a string.
+            ValueError: The limit is negative.
+            TransportError: The transport, which keeps the history, cannot be reached at the moment.
+            ServerStateError: The server does not run.
+        """
+        return await self._bound().history(room, since=since, limit=limit, reverse=reverse)
+
     # The hooks' signatures are open, so that overriding one with fewer arguments, or as a coroutine, type-checks.
 
     def on_open(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +219,7 @@ class WebSocketSpec:
     middlewares: tuple[Any, ...]
     options: WebSocketOptions | None
     protocols: tuple[ProtocolName, ...]
+    rules: RoomRules | None
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
@@ -204,6 +232,7 @@ def WebSocket(
     middlewares: Sequence[Any] = (),
     options: WebSocketOptions | None = None,
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
+    rooms: Mapping[str, RoomOptions] | None = None,
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -220,6 +249,8 @@ def WebSocket(
         protocols: What clients may speak. Plain WebSocket clients connect at the path, those of the Centrifuge protocol
             at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
             only ones.
+        rooms: What rooms are to have, by their name or a pattern such as ``"game:*"`` (of `fnmatch`); the first that
+            fits counts.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -238,6 +269,8 @@ def WebSocket(
     )
     if not spoken or not set(spoken) <= {"plain", "centrifuge"}:
         raise ConfigurationError(f'protocols takes "plain", "centrifuge" or both, in a tuple, not {protocols!r}')
+
+    rules = room_rules(rooms, f"@WebSocket({path!r})")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -260,6 +293,7 @@ def WebSocket(
             chain,
             options,
             spoken,
+            rules,
             _resolve(_values_type(cls), cls, here),
             _resolve(_message_annotation(cls), handler, nearby),
         )
