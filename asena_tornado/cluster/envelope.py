@@ -90,6 +90,7 @@ class MessageHeader(_Header):
     excluded: tuple[str, ...] = ()
     opcode: Literal[0x1, 0x2]
     is_json: bool = False  # the text is JSON (see `Message.is_json`); nodes of older releases do not say
+    group: Natural = 0  # not 0: other envelopes of this node with the same one have it for other rooms
 
 
 class Departed(_Header):
@@ -206,17 +207,33 @@ def _check_version(payload: bytes) -> None:
 
 
 def message_header(
-    path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool = False
+    path: str,
+    rooms: tuple[str, ...] | None,
+    excluded: tuple[str, ...],
+    opcode: int,
+    is_json: bool = False,
+    group: int = 0,
 ) -> bytes:
     """`MessageHeader` as JSON; most messages have the same as one before."""
-    if excluded or (rooms is not None and len(rooms) > 1):
-        return _header(path, rooms, excluded, opcode, is_json)
+    if excluded or group or (rooms is not None and len(rooms) > 1):
+        return _header(path, rooms, excluded, opcode, is_json, group)
     return _cached_header(path, rooms, opcode, is_json)
 
 
-def _header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool) -> bytes:
-    header = {"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode}
-    return to_json({**header, "is_json": True} if is_json else header)
+def _header(
+    path: str,
+    rooms: tuple[str, ...] | None,
+    excluded: tuple[str, ...],
+    opcode: int,
+    is_json: bool,
+    group: int = 0,
+) -> bytes:
+    header: dict[str, object] = {"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode}
+    if is_json:
+        header["is_json"] = True
+    if group:
+        header["group"] = group
+    return to_json(header)
 
 
 @lru_cache(maxsize=1024)

@@ -32,6 +32,7 @@ from ..web.http import Answered, Context, Response, make_response
 from ..websocket.history import Kept, Position, Recovery
 from ..websocket.hooks import SubscribeRequest, Subscription
 from ..websocket.messages import TEXT, Message, bytes_of, encode, frame
+from ..websocket.namespace import AddressedHere
 from ..websocket.sockets import ProtocolName, ReadyState
 from .connection import Connection
 from .dispatch import Dispatch
@@ -572,11 +573,14 @@ class Session(Dispatch):
             self._refuse(number, DENIED)
             return
         try:
-            self._namespace.to(room, data if answer is True else answer)
+            count = self._namespace.to(room, data if answer is True else answer)
         except BaseException as error:  # noqa: BLE001 - what the hook returned cannot be sent
             await self._failed(number, error)
         else:
-            self._client.reply(_reply(number, "publish", b"{}"))
+            if isinstance(count, AddressedHere) and self._namespace.kept((room,)):
+                self._refuse(number, INTERNAL)  # its history cannot be reached at the moment
+            else:
+                self._client.reply(_reply(number, "publish", b"{}"))
 
     async def _history(self, number: int, body: dict[str, Any]) -> None:
         room = self._room(number, body)

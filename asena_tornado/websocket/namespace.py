@@ -78,6 +78,15 @@ class Link(Protocol):
         """Hand the message over; False if the other nodes do not get it."""
         ...
 
+    def publish_and_keep(
+        self, path: str, kept: tuple[str, ...], others: tuple[str, ...], message: Message, excluded: tuple[str, ...]
+    ) -> bool:
+        """Hand it over for some rooms with a history, and others without; False if it is not kept everywhere.
+
+        For the rooms with a history it comes back to this node, if it is kept.
+        """
+        ...
+
     def check(self, room: str) -> None:
         """Raise `RoomNameError` for a name that cannot travel."""
         ...
@@ -237,6 +246,10 @@ class Namespace:
                     if old.remembers(room):
                         self.lose(room)  # what its members have seen is not of this history
 
+    def kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the rooms that have a history."""
+        return () if self.histories is None else self.histories.among(names)
+
     def lose(self, room: str) -> None:
         """The members of the room have missed something that nobody has any more; on the loop."""
         for socket in tuple(self.index.members(room)):
@@ -322,11 +335,29 @@ class Namespace:
     ) -> int:
         """Some of the rooms have a history: these come first, as a member of several gets it for the first of them."""
         names = (*kept, *(name for name in dict.fromkeys(names) if name not in kept))
-        excluded = self._excluded(exclude, origin)
+        each = _sockets_or_ids(exclude)
+        excluded = self._excluded(each, origin)
         if isinstance(histories, OwnHistories):
             if self.door.inside():
                 return self._deliver(names, histories.append(kept, message), excluded)
             self.door.run(self._keep, kept, names, message, excluded, size=len(message.frame))
+            return self._count(names, excluded)
+        link = self.link
+        if link is None:
+            return AddressedHere(0)
+        for room in names:
+            link.check(room)
+        # It comes back to this node, too.
+        ids = {one if isinstance(one, str) else one.id for one in each} | ({origin.id} if origin is not None else set())
+        others = names[len(kept) :]
+        carried = link.ready
+        if self.door.inside():
+            carried = link.publish_and_keep(self.path, kept, others, message, tuple(ids))
+        else:
+            self.door.run(link.publish_and_keep, self.path, kept, others, message, tuple(ids), size=len(message.frame))
+        return Addressed(self._count(names, excluded)) if carried else AddressedHere(self._count(others, excluded))
+
+    def _count(self, names: tuple[str, ...], excluded: frozenset[Socket] | None) -> int:
         members = self._members(names)
         return len(members) - sum(1 for socket in excluded or () if socket in members)
 
