@@ -260,7 +260,7 @@ async def test_a_room_that_the_service_puts_a_client_in_afterwards_tells_its_pos
 
 
 class Losing:
-    """Between one server and its transport: may lose entries on their way, or carry only their numbers, or take long."""
+    """Between one server and its transport: may lose entries on their way, carry only their numbers, or take long."""
 
     def __init__(self, server: AsenaServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lose: Callable[[int], bool] = lambda offset: False
