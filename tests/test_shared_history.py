@@ -136,8 +136,9 @@ async def test_a_client_that_comes_back_to_another_server_is_made_whole(make: Ma
             service(b).to("news", b"1")
             assert await client.hear() == pub("news", {"base64": "MQ=="}, 1)
         service(a).to("news", {"n": 2})
+        assert (await service(a).history("news")).offset == 2
         service(b).to("news", "3")
-        await service(b).history("news")
+        assert (await service(b).history("news")).offset == 3
         async with raw(b, "/chat?room=news") as client:
             asked = {"recover": True, "epoch": epoch, "offset": 1}
             news = (await client.connect(subs={"news": asked}))["subs"]["news"]
@@ -419,6 +420,130 @@ def free_port() -> int:
         return port
 
 
+# -- Redis
+
+
+@pytest.fixture
+def prefix() -> str:
+    pytest.importorskip("redis")
+    return uuid.uuid4().hex
+
+
+@pytest.mark.redis
+async def test_one_place_in_a_cluster_holds_all_of_a_room(redis_server: RedisServer, prefix: str) -> None:
+    from redis.crc import key_slot
+
+    rooms = ["news", "a}b", "{a", "}{", "\r\n", "日本 🎉", "*"]
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix), 1) as (a,):
+        store = a._site.transport.history  # type: ignore[attr-defined]
+        seen = set()
+        for room in rooms:
+            names = store._names(f"/chat#{room}")
+            assert len({key_slot(name) for name in names}) == 1
+            seen.update(names)
+            service(a).to(room, room)
+            assert data_of(await service(a).history(room)) == [room]
+        assert len(seen) == 3 * len(rooms)
+        for key, longest in (("stream", 300_000), ("meta", 31 * 86400_000)):
+            left = redis_server.ask("PTTL", f"{{{prefix}:/chat#news}}:{key}")
+            assert left is not None
+            assert 0 < int(left[1:]) <= longest
+
+
+@pytest.mark.redis
+async def test_a_redis_that_forgets_the_scripts_is_told_them_again(redis_server: RedisServer, prefix: str) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix)) as (a, b), raw(b) as client:
+        await client.connect()
+        await subscribe(client, "news")
+        for i in range(1, 41):
+            if i % 10 == 5:
+                assert (await service(a).history("news")).offset == i - 1
+                assert redis_server.ask("SCRIPT FLUSH") == b"+OK"
+            service(a).to("news", i)
+        assert await publications(client, 40) == [(i, i) for i in range(1, 41)]
+
+
+@pytest.mark.redis
+async def test_a_stream_frees_what_has_expired_while_the_room_is_used(redis_server: RedisServer, prefix: str) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix), 1) as (a,):
+        for i in range(50):
+            service(a).to("brief", i)
+        await service(a).history("brief")
+        await asyncio.sleep(0.12)
+        service(a).to("brief", 50)  # and so the stream does not expire as a whole
+        await service(a).history("brief")
+        await asyncio.sleep(0.12)
+        service(a).to("brief", 51)
+        assert data_of(await service(a).history("brief")) == [50, 51]
+        assert redis_server.ask("XLEN", f"{{{prefix}:/chat#brief}}:stream") == b":2"
+
+
+@pytest.mark.redis
+async def test_an_offset_that_somebody_has_set_back_begins_a_new_history(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix)) as (a, b), raw(b) as client:
+        await client.connect()
+        before = await subscribe(client, "news")
+        for i in range(3):
+            service(a).to("news", i)
+        assert len(await publications(client, 3)) == 3
+        assert redis_server.ask("HSET", f"{{{prefix}:/chat#news}}:meta", "o", "1") == b":0"
+        service(a).to("news", "next")
+        assert (await client.hear())["push"]["unsubscribe"]["code"] == 2500
+        again = await subscribe(client, "news", recover=True, epoch=before["epoch"], offset=3)
+        assert (again["recovered"], again["offset"]) == (False, 1)
+
+
+@pytest.mark.redis
+async def test_while_redis_is_away_rooms_with_a_history_say_so_and_a_new_one_has_forgotten(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    gaps: list[Gap] = []
+    try:
+        async with (
+            servers(lambda: RedisTransport(redis_server.url, prefix=prefix, timeout=2), gaps=gaps) as (a, b),
+            raw(a) as client,
+            raw(a, "/chat?room=news") as served,
+        ):
+            await client.connect()
+            await served.connect()
+            position = await subscribe(client, "news")
+            await subscribe(client, "plain:1")
+            service(b).to("news", "before")
+            assert await client.hear() == await served.hear() == pub("news", "before", 1)
+            redis_server.stop()
+            await until(lambda: not a.ready and not b.ready)
+            count: Any = service(a).to("news", "unheard")
+            assert (count, count.carried) == (0, False)
+            with pytest.raises(UlakError, match="nobody in 'news' gets it"):
+                await a.ulak.to("/chat", "news", "unheard")
+            refused = await subscribe(client, "log")
+            assert (refused["code"], refused["temporary"]) == (100, True)
+            history = await client.ask({"history": {"channel": "news", "limit": -1}, "id": 3})
+            assert history["error"]["code"] == 100
+            async with raw(a, "/chat?room=log&room=plain:1") as other:
+                assert (await other.connect())["subs"] == {"plain:1": {}}
+                service(a).to("plain:1", "as ever")
+                assert await client.hear() == await other.hear() == pub("plain:1", "as ever")
+                redis_server.start()
+                subscribed = (await other.hear())["push"]
+                assert subscribed["channel"] == "log"
+                assert subscribed["subscribe"]["offset"] == 0
+            lost = {"channel": "news", "unsubscribe": {"code": 2500, "reason": "insufficient state"}}
+            assert await client.hear() == {"push": lost}
+            assert await served.closed() == (3010, "insufficient state")
+            again = await subscribe(client, "news", recover=True, epoch=position["epoch"], offset=1)
+            assert again["recovered"] is False
+            await until(lambda: a.ready and b.ready)
+            service(b).to("news", "after")
+            assert await client.hear() == pub("news", "after", again["offset"] + 1)
+            assert [(gap.room, gap.certain) for gap in gaps if gap.room] == [("news", False)]
+    finally:
+        if redis_server.ask("PING") is None:
+            redis_server.start()
+
+
 # -- at random, against a model
 
 
@@ -428,6 +553,8 @@ class Truth:
     def __init__(self) -> None:
         self.data: dict[tuple[str, str, int], Any] = {}
         self.counts: Counter[str] = Counter()
+        # Rooms that keep all that is sent here: who comes back always gets it.
+        self.whole: tuple[str, ...] = ("news", "log")
 
     def heard(self, room: str, position: Position, data: Any) -> None:
         known = self.data.setdefault((room, position.epoch, position.offset), data)
@@ -441,7 +568,6 @@ class Member:
     """
 
     ROOMS = ("short", "brief", "news", "log")
-    WHOLE = ("news", "log")  # which keep all that is sent here: who comes back always gets it
 
     def __init__(self, name: str, nodes: Sequence[AsenaServer], dice: random.Random, truth: Truth) -> None:
         self.name, self.nodes, self.dice, self.truth = name, nodes, dice, truth
@@ -495,6 +621,8 @@ class Member:
         result = await self.ask("connect", {"subs": {"home": self.recover("home")}})
         if isinstance(result, dict) and "home" in result.get("subs", {}):
             self.subscribed("home", result["subs"]["home"])
+        else:
+            self.positions.pop("home", None)  # it will be told later; clients forget what they are not told of here
 
     async def act(self) -> None:
         dice = self.dice.random()
@@ -524,7 +652,7 @@ class Member:
         self.rooms.add(room)
         if not result.get("recovered"):
             assert "publications" not in result
-            assert before is None or room not in self.WHOLE, f"{self.name} {room}: {before} was not recovered"
+            assert before is None or room not in self.truth.whole, f"{self.name} {room}: {before} was not recovered"
             self.truth.counts["begun" if before is None else "not recovered"] += 1
         else:
             assert position == before, f"{self.name} {room}: from {position}, but it was at {before}"
@@ -565,20 +693,33 @@ class Member:
                 result = await self.ask("subscribe", {"channel": room, **self.recover(room)})
                 if isinstance(result, dict):
                     self.subscribed(room, result)
-        for room in self.rooms:
+        for room in ("home", *self.ROOMS):
             async with asyncio.timeout(20):
                 while True:
                     top = await self.ask("history", {"channel": room})
-                    if isinstance(top, dict) and self.positions[room] == Position(top["epoch"], top["offset"]):
+                    if isinstance(top, dict) and self.positions.get(room) == Position(top["epoch"], top["offset"]):
                         break
                     await asyncio.sleep(0.01)
 
 
+async def vandalize(redis: RedisServer, dice: random.Random, *, forget: bool) -> None:
+    """Cut connections, make Redis forget scripts, and (``forget``) all it knows."""
+    commands = ["CLIENT KILL TYPE pubsub", "CLIENT KILL TYPE normal", "SCRIPT FLUSH"]
+    if forget:
+        commands.append("FLUSHALL")
+    while True:
+        await asyncio.sleep(dice.uniform(0.05, 0.3))
+        await asyncio.to_thread(redis.ask, dice.choice(commands))
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "havoc"), [(1, ""), (3, ""), (3, "cut"), (3, "forget")])
 async def test_every_member_hears_each_offset_once_or_is_told(
-    count: int, make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    count: int, havoc: str, make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    vandals = isinstance(make(), RedisTransport)
+    if (count == 1 and vandals) or (havoc and not vandals):
+        pytest.skip("the same as another case")
     seed = request.config.getoption("--seed")
     seed = random.randrange(10**6) if seed is None else seed
     print(f"--seed {seed}")  # noqa: T201
@@ -589,14 +730,23 @@ async def test_every_member_hears_each_offset_once_or_is_told(
         nodes = [AsenaServer(Chat, port=0, transport=make() if count > 1 else None) for _ in range(count)]
         losing = Losing(nodes[-1], monkeypatch)
         await asyncio.gather(*(asyncio.to_thread(node.start) for node in nodes))
+        vandal = None
         try:
             losing.lose = losing.hide = lambda offset: count > 1 and dice.random() < 0.05
             losing.delay = lambda: dice.choice((0, 0.003, 0.01))
             truth = Truth()
+            if havoc == "forget":
+                truth.whole = ()
             members = [Member(f"m{i}", nodes, random.Random(dice.random()), truth) for i in range(10)]
+            if havoc:
+                redis: RedisServer = request.getfixturevalue("redis_server")
+                vandal = asyncio.create_task(vandalize(redis, dice, forget=havoc == "forget"))
             async with asyncio.TaskGroup() as group:
                 for member in members:
                     group.create_task(member.live(12))
+            if vandal is not None:
+                vandal.cancel()
+                await until(lambda nodes=nodes: all(node.ready for node in nodes))  # type: ignore[misc]
             # The last of all is not lost: only the next message shows it.
             losing.lose = losing.hide = lambda offset: False
             for room in ("home", *Member.ROOMS):
@@ -608,6 +758,8 @@ async def test_every_member_hears_each_offset_once_or_is_told(
             assert all(len(positions) == 1 for positions in tops.values()), tops
             counts += truth.counts
         finally:
+            if vandal is not None:
+                vandal.cancel()
             for node in nodes:
                 await node.aclose()
     print(dict(counts))  # noqa: T201

@@ -393,31 +393,30 @@ class Session(Dispatch):
         hook = self._namespace.hooks.open
         if hook is not None:
             await self._run(hook, client.socket)
-        recovered = await self._recover(body)
+        asked, recovered = await self._recover(body)
         if client.state is ReadyState.OPEN:
             interval = self._options.ping_interval
             result: dict[str, Any] = {"client": client.socket.id, "version": "asena_tornado"}
             if interval:
                 result |= {"ping": math.ceil(interval), "pong": True}
             text = json.dumps(result).encode()
-            if subs := self._subs(recovered):
+            if subs := self._subs(asked, recovered):
                 text = text[:-1] + b',"subs":{' + subs + b"}}"
             client.welcome(_reply(number, "connect", text))
 
-    async def _recover(self, body: dict[str, Any]) -> dict[str, tuple[Position, Recovery]]:
-        """What the client asks for and has missed of the rooms that the service has put it in, by room."""
+    async def _recover(self, body: dict[str, Any]) -> tuple[dict[str, Position], dict[str, Recovery]]:
+        """Where the client wants to go on in rooms that the service has put it in, and what it has missed, by room."""
         histories, socket = self._namespace.histories, self._client.socket
         if histories is None or self._client.state is not ReadyState.OPEN:
-            return {}
+            return {}, {}
         asked = body.get("subs") or {}
         if not isinstance(asked, dict) or not all(isinstance(each, dict) for each in asked.values()):
             raise _BadRequest("subs that are none")
         since = {room: position for room, each in asked.items() if (position := _position(each)) is not None}
         await histories.settle(self._namespace.rooms_of(socket))
-        recovered = await histories.recover(socket, since)
-        return {room: (since[room], recovery) for room, recovery in recovered.items()}
+        return since, await histories.recover(socket, since)
 
-    def _subs(self, recovered: dict[str, tuple[Position, Recovery]]) -> bytes:
+    def _subs(self, asked: dict[str, Position], recovered: dict[str, Recovery]) -> bytes:
         """The rooms that the client is in, as far as their positions are known: it is told of the others later."""
         subs = []
         histories, socket = self._namespace.histories, self._client.socket
@@ -427,10 +426,10 @@ class Session(Dispatch):
                 position = histories.told(socket, room)
                 if position is None:
                     continue
-                since, recovery = recovered.get(room, (None, None))
+                recovery = recovered.get(room)
                 if recovery is None or recovery.position != position:  # it has left the room and come again meanwhile
                     recovery = Recovery(position)
-                text = _subscribed(recovery, since)
+                text = _subscribed(recovery, asked.get(room))
             subs.append(json.dumps(room).encode() + b":" + text)
         return b",".join(subs)
 
@@ -502,7 +501,7 @@ class Session(Dispatch):
         except RoomLimitError:
             self._refuse(number, LIMIT)
         except TransportError as error:
-            log.warning("%s cannot come into %r: %s", socket, room, error)
+            log.info("%s cannot come into %r: %s", socket, room, error)
             self._refuse(number, INTERNAL)
         except _Answered:
             pass
@@ -700,7 +699,7 @@ class Session(Dispatch):
         """The client has missed something in the room that nobody has any more: it has to begin anew."""
         if room not in self._rooms:
             # No code makes it come back into a room that it has not asked for.
-            self._loop.call_soon(self._client.close, 3010, "insufficient state")
+            self._client.close(3010, "insufficient state")
             return
         own, self._own_room = self._own_room, room
         try:
