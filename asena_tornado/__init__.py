@@ -39,6 +39,7 @@ from .web.controllers import Controller, Delete, Get, Patch, Post, Put
 from .web.http import Context, Response
 from .web.middlewares import RateLimit, RequestLog, TokenAuth
 from .websocket.events import HandlerError
+from .websocket.history import History, HistoryEntry, Position, RoomOptions
 from .websocket.hooks import SubscribeRequest, Subscription
 from .websocket.namespace import Addressed
 from .websocket.options import WebSocketOptions
@@ -70,6 +71,8 @@ __all__ = [
     "Get",
     "HandlerError",
     "HandshakeRefused",
+    "History",
+    "HistoryEntry",
     "HookNameWarning",
     "Inject",
     "InjectionError",
@@ -84,6 +87,7 @@ __all__ = [
     "Next",
     "Patch",
     "PortInUseError",
+    "Position",
     "Post",
     "Put",
     "RateLimit",
@@ -93,6 +97,7 @@ __all__ = [
     "Response",
     "RoomLimitError",
     "RoomNameError",
+    "RoomOptions",
     "ServerStateError",
     "Service",
     "Socket",

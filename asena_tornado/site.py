@@ -15,12 +15,13 @@ from .hosting import LoopDoor
 from .inspector import SocketSnapshot
 from .ioc.container import Container
 from .ioc.inject import component_of
-from .transports import LocalTransport, Transport
+from .transports import LocalTransport, Transport, TransportHistory
 from .ulak.broker import Ulak
 from .web.chain import Chain
 from .web.controllers import Controllers
 from .web.origins import Hosts, Origins
 from .websocket.door import serving
+from .websocket.history import OwnHistories
 from .websocket.namespace import Namespace
 from .websocket.options import WebSocketOptions
 from .websocket.service import AsenaWebSocketService, bind, hooks_of, spec_of
@@ -89,7 +90,9 @@ class Site:
                 if spec.path in namespaces:
                     other = type(namespaces[spec.path].hooks.service).__name__
                     raise ConfigurationError(f"two services for {spec.path!r}: {other} and {spec.name}")
-                namespace = Namespace(spec.path, hooks_of(instance), options=spec.options or self._options)
+                namespace = Namespace(
+                    spec.path, hooks_of(instance), options=spec.options or self._options, rules=spec.rules
+                )
                 namespaces[spec.path] = namespace
                 self._protocols[spec.path] = spec.protocols
                 self._subprotocols[spec.path] = spec.subprotocols
@@ -112,6 +115,13 @@ class Site:
                     f"Centrifuge clients of {parent!r} connect at {path!r}, which is another namespace: give that "
                     f'another path, or {parent!r} protocols=("plain",)'
                 )
+        if not isinstance(getattr(self.transport, "history", None), TransportHistory):
+            for namespace in namespaces.values():
+                if namespace.remembers:
+                    raise ConfigurationError(
+                        f"rooms of {namespace.path!r} are to have a history, but {self.transport!r} keeps none: it "
+                        "needs a TransportHistory as its attribute history. Or take history_size out of the RoomOptions"
+                    )
         self.namespaces, self.controllers = namespaces, controllers
         self.paths = tuple(namespaces)
         self.built = True
@@ -167,6 +177,40 @@ class Site:
                 if protocol == "centrifuge":
                     self.endpoints[path + CENTRIFUGE_SUFFIX] = endpoint
         self.ulak.open(door, self.namespaces.values())
+        if self.is_alone:
+            self._keep_histories()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other nodes."""
+        return isinstance(self.transport, LocalTransport) and self.transport.hub is None
+
+    def _keep_histories(self) -> None:
+        """Let the namespaces remember what their rules say, in the memory of this server, and nothing else."""
+        assert isinstance(self.transport, LocalTransport)
+        keeper = self.transport.history
+        for namespace in self.namespaces.values():
+            old, rules = namespace.histories, namespace.rules
+            if rules is None or not rules.remember:
+                namespace.remember(None)
+            elif isinstance(old, OwnHistories) and old.keeper is keeper:
+                old.rules = rules
+            else:
+                namespace.remember(OwnHistories(namespace, rules, keeper))
+        keeper.memory.limit(self._allowed)
+        keeper.memory.forgotten = self._forgotten
+
+    def _allowed(self, key: tuple[str, str]) -> tuple[int, float] | None:
+        """How much a room may remember, and for how many seconds."""
+        path, room = key
+        namespace = self.namespaces.get(path)
+        rule = None if namespace is None or namespace.rules is None else namespace.rules.history(room)
+        return None if rule is None else (rule.history_size, rule.history_ttl)
+
+    def _forgotten(self, key: tuple[str, str]) -> None:
+        path, room = key
+        if path in self.namespaces:
+            self.namespaces[path].lose(room)
 
     async def start(self) -> None:
         """Join the cluster and run every ``on_start``. If one raises, nothing is left started."""
@@ -213,6 +257,10 @@ class Site:
         """End sending: from here on, Ulak raises ``why``, and taps end."""
         for namespace in self.namespaces.values():
             namespace.events.end()
+            namespace.remember(None)
+        if self.is_alone:
+            assert isinstance(self.transport, LocalTransport)
+            self.transport.history.close()
         self.ulak.close(why)
         self.stop_reading()
 
@@ -228,7 +276,7 @@ class Site:
 
     async def new_cluster(self, namespaces: Mapping[str, Namespace]) -> Cluster | None:
         """Join the other nodes with these namespaces; None for a server without a transport."""
-        if isinstance(self.transport, LocalTransport) and self.transport.hub is None:
+        if self.is_alone:
             return None
         cluster = Cluster(self.transport, on_gap=self.on_gap, describe=SocketSnapshot.of)
         cluster.serve(namespaces)

@@ -59,6 +59,8 @@ async def _cluster_for(new: Site, old: Site) -> Cluster | None:
     if old.cluster is not None and old.transport == new.transport:
         new.transport = old.transport
         return old.cluster
+    if old.is_alone and new.is_alone:
+        new.transport = old.transport  # and with it what rooms remember
     return await new.new_cluster({})
 
 
@@ -75,9 +77,10 @@ def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Le
         if path in new.namespaces:
             fresh = new.namespaces[path]
             new.namespaces[path] = kept
-            kept.replace(fresh.hooks, fresh.options)
+            kept.replace(fresh.hooks, fresh.options, fresh.rules)
         else:
             gone.append(kept)
+            kept.remember(None)
     new.cluster, old_cluster, old.cluster = cluster, old.cluster, None
     if old_cluster is not None and old_cluster is not cluster:
         old_cluster.serve({})

@@ -730,6 +730,7 @@ class Listener:
         self.sockets: dict[str, Any] = {}
         self.events: Any = self
         self.link: Any = None
+        self.rules = self.histories = None
         self.cluster.serve({"/chat": namespace})
 
     def record(self, *args: object, **kwargs: object) -> None: ...
@@ -737,6 +738,8 @@ class Listener:
     def observe(self, observer: object) -> None: ...
 
     def unobserve(self, observer: object) -> None: ...
+
+    def remember(self, histories: object) -> None: ...
 
     def deliver(self, rooms: Any, message: Any, excluded: Any) -> None:
         self.received.append(message.payload.decode())

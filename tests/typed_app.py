@@ -78,7 +78,7 @@ class History:
 
 @WebSocket("/chat", middlewares=[Authenticated], options=WebSocketOptions(max_sockets=100))
 class Chat(AsenaWebSocketService[User]):
-    history: History = Inject(History)
+    lines: History = Inject(History)
 
     async def on_open(self, ws: Socket[User]) -> None:
         assert_type(ws.data, SocketData[User])
@@ -91,7 +91,7 @@ class Chat(AsenaWebSocketService[User]):
         assert_type(ws.publish(ws.data.values.room, {"type": "joined"}), int)
 
     async def on_message(self, ws: Socket[User], message: Message) -> None:
-        await self.history.add(message)
+        await self.lines.add(message)
         assert_type(self.to(ws.data.values.room, message, exclude=[ws]), int)
 
     async def on_invalid_message(self, ws: Socket[User], error: InvalidMessageError) -> None:
@@ -136,7 +136,7 @@ assert_type(Inject(Chat), Chat)
 assert_type(Inject(ulak("/chat")), UlakNamespace)
 assert_type(Inject(Ulak), Ulak)
 assert_type(Inject(Ulak, lambda ulak: ulak.namespace("/chat")), UlakNamespace)
-assert_type(Inject(Chat, lambda chat: chat.history), History)
+assert_type(Inject(Chat, lambda chat: chat.lines), History)
 
 
 async def use() -> None:

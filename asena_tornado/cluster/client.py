@@ -38,6 +38,9 @@ class _RemoteNamespace:
     def room_names(self, rooms: str | Iterable[str]) -> tuple[str, ...]:
         return room_names(rooms)  # the servers may have a lower limit for their length, unknown here
 
+    def kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return ()
+
     def in_(self, message: Message) -> int:
         self.link.check("", self.path)
         return self._publish(None, message)

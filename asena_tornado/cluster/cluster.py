@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import uuid
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from inspect import isawaitable
 from time import monotonic
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_core import to_json
 
 from ..errors import RoomNameError, TransportError, must_propagate
-from ..transports import Transport
+from ..transports import Transport, TransportHistory
+from ..websocket.history import Numbered
 from ..websocket.messages import Message, check_close
 from ..websocket.namespace import Namespace, NamespaceObserver
 from . import nodes
@@ -26,6 +28,7 @@ from .envelope import (
     EnvelopeError,
     Heartbeat,
     Kind,
+    MessageHeader,
     Reply,
     Request,
     VersionError,
@@ -37,6 +40,7 @@ from .envelope import (
     parse_message_header,
     unpack,
 )
+from .histories import SharedHistories
 from .nodes import DEAD_AFTER, Count, Departures, Gap, Known, Membership, Node
 from .numbering import LATE, UNWANTED, Incoming, Numbers, Outgoing
 from .remote import Listing, Remote
@@ -53,6 +57,7 @@ _MARKS_AT_ONCE = 20_000  # as a node stops: so many are sent before the bus is a
 _PATIENCE = 30  # heartbeats after which a bus that does not say whether it has the marks is told them again
 _GOODBYE = 2.0  # seconds that stopping waits for the bus to take them
 _COMPLAINTS = 4096  # nodes of other releases that the log is told of
+_GROUPED = 100_000  # sockets of which it is remembered that they have got a message to several rooms
 _SEVERAL = 8  # rooms; a message to more of them is sent once, to every node that has the namespace
 _NAME = 200  # characters of a node's name
 _CHANNEL = 4096  # bytes of a channel's name, as `Transport` promises
@@ -120,6 +125,10 @@ class Cluster:
         self._outgoing = Outgoing(self._mark, self._cannot_account)
         self._incoming = Incoming(self._members.is_alive)
         self._copies = 0  # messages to several rooms, numbered
+        self._groups = 0  # messages to several rooms of which some have a history, numbered
+        # Who has got such a message already, by its node and number: the parts of it come one by one.
+        self._got: OrderedDict[tuple[bytes, int], set[str]] = OrderedDict()
+        self._got_size = 0
         self._delivered: dict[bytes, int] = {}  # by node, of its messages to several rooms the one delivered last
         self._unaccounted: dict[str, int] = {}  # by namespace; "": in any
         self._told: tuple[int, dict[str, int]] = (0, {})  # the total, and of these, what a heartbeat has said last
@@ -147,6 +156,8 @@ class Cluster:
             self._begin()
             for channel in channels:
                 self._subscribe(channel)
+            for namespace in self._namespaces.values():
+                self._share_histories(namespace)
         self._subscribe(_NODES)
         self._subscribe(self._own_channel)
         self._started_at = monotonic()
@@ -187,11 +198,24 @@ class Cluster:
             if path not in self._interests:
                 self._interests[path] = _Interest(self, path)
                 namespace.observe(self._interests[path])
+            self._share_histories(namespace)
             self._subscribe(path)
             for room in namespace.index.names:
                 self._subscribe(channel_of(path, room))
         for node, known in self._members:
             self._look_for_strangers(node, known)
+
+    def _share_histories(self, namespace: Namespace) -> None:
+        old, rules = namespace.histories, namespace.rules
+        store = getattr(self.transport, "history", None)
+        if rules is None or not rules.remember or not isinstance(store, TransportHistory):
+            namespace.remember(None)
+            return
+        if not isinstance(old, SharedHistories) or old.host is not self:
+            namespace.remember(histories := SharedHistories(namespace, rules, self, store))
+        else:
+            histories = old
+        histories.obey(rules)
 
     async def stop(self) -> None:
         """Say goodbye and disconnect. Idempotent."""
@@ -219,6 +243,9 @@ class Cluster:
                 self.transport,
                 self._outgoing.unmarked,
             )
+        for namespace in self._namespaces.values():
+            if isinstance(namespace.histories, SharedHistories):
+                namespace.histories.close()
         self._remote.stop()
         await self.transport.stop()
         if self._handling:
@@ -255,7 +282,70 @@ class Cluster:
 
     # -- what is published here
 
-    def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
+    def publish_and_keep(
+        self, path: str, kept: tuple[str, ...], others: tuple[str, ...], message: Message, excluded: tuple[str, ...]
+    ) -> bool:
+        """Hand the message to all nodes, this one included, for some rooms with a history, and others without.
+
+        It comes back for those with a history. False if it does not, for some: then their members get it nowhere.
+        """
+        namespace = self._namespaces.get(path)
+        histories = None if namespace is None else namespace.histories
+        if namespace is None or not isinstance(histories, SharedHistories):
+            return False
+        group = 0
+        if len(kept) + len(others) > 1:
+            group = self._groups = self._groups + 1
+        taken = not self._foreign
+        for room in kept:
+            options = histories.rules.history(room)
+            header = message_header(path, (room,), excluded, message.opcode, message.is_json, message.info, group)
+            payload = pack(self.id, Kind.MESSAGE, header, message.payload)
+            if options is None or not histories.store.publish(
+                histories.channel(room), payload, size=options.history_size, ttl=options.history_ttl
+            ):
+                taken = False
+        if others:
+            self._deliver_part(namespace, (self.id, group), others, message, excluded)
+            taken = self.publish(path, others, message, excluded, group) and taken
+        return taken
+
+    def _deliver_part(
+        self,
+        namespace: Namespace,
+        group: tuple[bytes, int],
+        rooms: tuple[str, ...] | None,
+        message: Message,
+        excluded: tuple[str, ...],
+    ) -> None:
+        """Deliver a message to several rooms, of which each part comes by itself, once to each socket."""
+        got = self._got.get(group)
+        if got is None:
+            got = self._got[group] = set()
+        namespace.deliver(rooms, message, (*excluded, *got) if got else excluded)
+        before = len(got)
+        got.update(socket.id for room in rooms or () for socket in namespace.members(room))
+        self._got_size += len(got) - before
+        while (self._got_size > _GROUPED and len(self._got) > 1) or len(self._got) > _GROUPED:
+            _, gone = self._got.popitem(last=False)
+            self._got_size -= len(gone)
+
+    def deliver_kept(self, namespace: Namespace, envelope: Envelope, header: MessageHeader, message: Numbered) -> None:
+        """A message to a room with a history has come back."""
+        if header.group:
+            self._deliver_part(namespace, (envelope.node, header.group), header.rooms, message, header.excluded)
+        else:
+            namespace.deliver(header.rooms, message, header.excluded)
+
+    def history_lost(self, path: str, room: str, missed: int, why: str) -> None:
+        """Messages to a room with a history did not arrive, and nobody has them any more."""
+        self.missed += missed
+        what = f"{missed} message(s)" if missed else "perhaps some messages"
+        self._tell_gap(Gap("", path, room, missed, certain=missed > 0), what, f"did not arrive, and {why}")
+
+    def publish(
+        self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...], group: int = 0
+    ) -> bool:
         """Hand the message to the other nodes; False if they do not get it, or not all of it."""
         if rooms is None:
             channels = [path]
@@ -267,7 +357,7 @@ class Cluster:
         copy = 0
         if len(channels) > 1:
             copy = self._copies = self._copies + 1
-        header = message_header(path, rooms, excluded, message.opcode, message.is_json, message.info)
+        header = message_header(path, rooms, excluded, message.opcode, message.is_json, message.info, group)
         taken = not self._foreign
         for channel in channels:
             numbers = self._outgoing.next(channel)
@@ -383,7 +473,11 @@ class Cluster:
                 return
             self._delivered[envelope.node] = envelope.copy
         namespace = self._namespaces.get(path)
-        if namespace is not None:
+        if namespace is None:
+            return
+        if header.group:
+            self._deliver_part(namespace, (envelope.node, header.group), rooms, message, header.excluded)
+        else:
             namespace.deliver(rooms, message, header.excluded)
 
     def _marked(self, channel: str, envelope: Envelope) -> None:
@@ -423,6 +517,9 @@ class Cluster:
             self._members.expect_all(owing=self._doubt_from is not None)
             self._outgoing.repeat()
             self._greet(away=None if self._doubt_from is None else now - self._doubt_from)
+            for namespace in self._namespaces.values():
+                if isinstance(namespace.histories, SharedHistories):
+                    namespace.histories.check()
 
     def _doubt(self, since: float) -> None:
         """Messages may have been lost since then."""
@@ -439,14 +536,17 @@ class Cluster:
         self._gap(Gap(node.hex(), path, room or None, missed), f"{missed} message(s)")
 
     def _gap(self, gap: Gap, what: str) -> None:
+        self._tell_gap(gap, f"{what} of node {gap.node[:8]}", "did not arrive")
+
+    def _tell_gap(self, gap: Gap, what: str, became: str) -> None:
         if gap.namespace in self._namespaces:
             self._namespaces[gap.namespace].events.record(
                 "gap",
                 rooms=() if gap.room is None else (gap.room,),
-                detail=f"{what} of node {gap.node[:8]} did not arrive",
+                detail=f"{what} {became}",
             )
         where = gap.namespace if gap.room is None else f"{gap.namespace} {gap.room}"
-        self._warn("%s of node %s to %r did not arrive", what, gap.node[:8], where)
+        self._warn("%s to %r %s", what, where, became)
         if self.on_gap is not None:
             try:
                 result = self.on_gap(gap)

@@ -91,6 +91,7 @@ class MessageHeader(_Header):
     opcode: Literal[0x1, 0x2]
     is_json: bool = False  # the text is JSON (see `Message.is_json`); nodes of older releases do not say
     info: dict[str, Any] | None = None  # which client has published it (see `Message.info`); likewise
+    group: Natural = 0  # not 0: other envelopes of this node with the same one have it for other rooms
 
 
 class Departed(_Header):
@@ -213,18 +214,30 @@ def message_header(
     opcode: int,
     is_json: bool = False,
     info: bytes | None = None,
+    group: int = 0,
 ) -> bytes:
     """`MessageHeader` as JSON; most messages have the same as one before. ``info`` is JSON already."""
     if info is not None:
-        return _header(path, rooms, excluded, opcode, is_json)[:-1] + b',"info":' + info + b"}"
-    if excluded or (rooms is not None and len(rooms) > 1):
-        return _header(path, rooms, excluded, opcode, is_json)
+        return _header(path, rooms, excluded, opcode, is_json, group)[:-1] + b',"info":' + info + b"}"
+    if excluded or group or (rooms is not None and len(rooms) > 1):
+        return _header(path, rooms, excluded, opcode, is_json, group)
     return _cached_header(path, rooms, opcode, is_json)
 
 
-def _header(path: str, rooms: tuple[str, ...] | None, excluded: tuple[str, ...], opcode: int, is_json: bool) -> bytes:
-    header = {"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode}
-    return to_json({**header, "is_json": True} if is_json else header)
+def _header(
+    path: str,
+    rooms: tuple[str, ...] | None,
+    excluded: tuple[str, ...],
+    opcode: int,
+    is_json: bool,
+    group: int = 0,
+) -> bytes:
+    header: dict[str, object] = {"path": path, "rooms": rooms, "excluded": excluded, "opcode": opcode}
+    if is_json:
+        header["is_json"] = True
+    if group:
+        header["group"] = group
+    return to_json(header)
 
 
 @lru_cache(maxsize=1024)

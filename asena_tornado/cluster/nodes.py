@@ -47,7 +47,8 @@ class Gap:
     A message to several rooms counts once for each of them. ``certain``: this is known. False: up to ``missed``
     messages to any rooms of the namespace may not have arrived, or any number where ``missed`` is 0. It happens when
     the node published to more rooms than it can remember, when the bus refuses a room, and when the node went away
-    while this one was cut off. ``node`` is empty for several such nodes that nobody can name any more.
+    while this one was cut off. ``node`` is empty for several such nodes that nobody can name any more, and
+    where messages to a room with a history can no longer be had; ``missed`` is 0 where the whole history was lost.
     """
 
     node: str

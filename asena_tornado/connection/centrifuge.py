@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
 from inspect import isawaitable
 from typing import Any, ClassVar, Protocol
 
@@ -25,13 +26,16 @@ from ..errors import (
     RoomLimitError,
     RoomNameError,
     TokenExpired,
+    TransportError,
     must_propagate,
     shortened,
 )
 from ..web.http import Answered, Context, Response, make_response
 from ..websocket.calls import Handler
+from ..websocket.history import Kept, Position, Recovery
 from ..websocket.hooks import SubscribeRequest, Subscription
 from ..websocket.messages import TEXT, Message, Publication, bytes_of, encode, frame
+from ..websocket.namespace import AddressedHere
 from ..websocket.sockets import ProtocolName, ReadyState
 from .connection import Connection
 from .dispatch import Dispatch
@@ -39,8 +43,11 @@ from .dispatch import Dispatch
 log = logging.getLogger("asena_tornado")
 
 # Codes of errors, with Go's texts.
-INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, TOKEN_EXPIRED, EXPIRED, TOO_MANY = (
-    100, 101, 103, 104, 105, 106, 107, 108, 109, 110, 111,
+(
+    INTERNAL, UNAUTHORIZED, DENIED, NO_METHOD, ALREADY, LIMIT, BAD, NOT_AVAILABLE, TOKEN_EXPIRED, EXPIRED, TOO_MANY,
+    UNRECOVERABLE,
+) = (
+    100, 101, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112,
 )  # fmt: skip
 _TEXTS = {
     INTERNAL: "internal server error",
@@ -53,6 +60,7 @@ _TEXTS = {
     TOKEN_EXPIRED: "token expired",
     EXPIRED: "expired",
     TOO_MANY: "too many requests",
+    UNRECOVERABLE: "unrecoverable position",
 }
 _TEMPORARY = frozenset((INTERNAL, TOO_MANY))
 
@@ -70,9 +78,16 @@ _CLOSES = {
     1013: (3008, "slow"),
     1014: (3004, "internal server error"),
 }
-_REASONS = dict(_CLOSES.values()) | {3000: "connection closed", 3012: "no pong", 3502: "stale"}
+_REASONS = dict(_CLOSES.values()) | {
+    3000: "connection closed",
+    3010: "insufficient state",
+    3012: "no pong",
+    3502: "stale",
+}
 _UNSUBSCRIBED = b'{"code":2000,"reason":"server unsubscribe"}'
 _SUBSCRIPTION_EXPIRED = b'{"code":2501,"reason":"subscription expired"}'
+_INSUFFICIENT = b'{"code":2500,"reason":"insufficient state"}'
+_REFUSE_UNRECOVERABLE = 2  # in the flag of a subscribe: answer with 112 instead of recovered: false
 
 # Of two requests in one command, the first of these counts, as in Go.
 _KINDS = (
@@ -170,6 +185,7 @@ class CentrifugeConnection(Connection):
             self._outbox.flush()  # a pong
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
+        self.lose_room = self._session.room_lost
         self._namespace.admit(self.socket)
         self._loop.call_later(_HELD_CHECK, self._check_held)
 
@@ -446,14 +462,45 @@ class Session(Dispatch):
         hook = self._namespace.hooks.open
         if hook is not None:
             await self._run(hook, client.socket)
+        asked, recovered = await self._recover(body)
         if client.state is ReadyState.OPEN:
             interval = self._options.ping_interval
             result: dict[str, Any] = {"client": client.socket.id, "version": "asena_tornado"}
             if interval:
                 result |= {"ping": math.ceil(interval), "pong": True}
-            if rooms := self._namespace.rooms_of(client.socket):
-                result["subs"] = {room: {} for room in rooms}
-            client.welcome(_reply(number, "connect", json.dumps(result).encode()))
+            text = json.dumps(result).encode()
+            if subs := self._subs(asked, recovered):
+                text = text[:-1] + b',"subs":{' + subs + b"}}"
+            client.welcome(_reply(number, "connect", text))
+
+    async def _recover(self, body: dict[str, Any]) -> tuple[dict[str, Position], dict[str, Recovery]]:
+        """Where the client wants to go on in rooms that the service has put it in, and what it has missed, by room."""
+        histories, socket = self._namespace.histories, self._client.socket
+        if histories is None or self._client.state is not ReadyState.OPEN:
+            return {}, {}
+        asked = body.get("subs") or {}
+        if not isinstance(asked, dict) or not all(isinstance(each, dict) for each in asked.values()):
+            raise _BadRequest("subs that are none")
+        since = {room: position for room, each in asked.items() if (position := _position(each)) is not None}
+        await histories.settle(self._namespace.rooms_of(socket))
+        return since, await histories.recover(socket, since)
+
+    def _subs(self, asked: dict[str, Position], recovered: dict[str, Recovery]) -> bytes:
+        """The rooms that the client is in, as far as their positions are known: it is told of the others later."""
+        subs = []
+        histories, socket = self._namespace.histories, self._client.socket
+        for room in self._namespace.rooms_of(socket):
+            text = b"{}"
+            if histories is not None and histories.remembers(room):
+                position = histories.told(socket, room)
+                if position is None:
+                    continue
+                recovery = recovered.get(room)
+                if recovery is None or recovery.position != position:  # it has left the room and come again meanwhile
+                    recovery = Recovery(position)
+                text = _subscribed(recovery, asked.get(room))
+            subs.append(json.dumps(room).encode() + b":" + text)
+        return b",".join(subs)
 
     async def _rpc(self, number: int, body: dict[str, Any]) -> None:
         method = body.get("method") or ""
@@ -511,16 +558,45 @@ class Session(Dispatch):
                 number, hook, socket, room, SubscribeRequest(_token(body), body.get("data")), with_data=True
             )
             if answer is not None:
-                result, terms, left = answer
-                self._namespace.join(socket, room)
-                self._agree(room, terms, left)
-                self._client.reply(_reply(number, "subscribe", result))
+                histories = self._namespace.histories
+                if histories is not None and histories.remembers(room):
+                    since = _position(body)
+                    await histories.enter(room, since, partial(self._enter, number, body, room, answer, since))
+                else:
+                    self._enter(number, body, room, answer, None, None)
         except RoomLimitError:
             self._refuse(number, LIMIT)
+        except TransportError as error:
+            log.info("%s cannot come into %r: %s", socket, room, error)
+            self._refuse(number, INTERNAL)
         finally:
             self._own_room = None
             if room not in self._rooms and (is_in := socket.is_subscribed(room)) is not was_in:
                 self.room_changed(room, is_in)  # by the service, while the hook ran
+
+    def _enter(
+        self,
+        number: int,
+        body: dict[str, Any],
+        room: str,
+        answer: tuple[bytes, _Terms, float | None],
+        since: Position | None,
+        recovery: Recovery | None,
+    ) -> None:
+        """Join, and say so, in one step: what is sent to the room from now on follows the reply."""
+        if self._client.state is not ReadyState.OPEN:
+            return
+        result, terms, left = answer
+        if recovery is not None:
+            flag = body.get("flag")
+            if since is not None and not recovery.recovered and isinstance(flag, int) and flag & _REFUSE_UNRECOVERABLE:
+                self._refuse(number, UNRECOVERABLE)
+                return
+            position = _subscribed(recovery, since)
+            result = position if result == b"{}" else result[:-1] + b"," + position[1:]
+        self._namespace.join(self._client.socket, room)
+        self._agree(room, terms, left)
+        self._client.reply(_reply(number, "subscribe", result))
 
     async def _allowed(
         self, number: int, hook: Callable[..., Any], *args: Any, with_data: bool
@@ -632,13 +708,50 @@ class Session(Dispatch):
         try:
             message = encode(data if answer is True else answer)
             info = self._info(room)
-            self._namespace.publish_from(
+            count = self._namespace.publish_from(
                 room, Publication(message.opcode, message.payload, is_json=message.is_json, info=info)
             )
         except BaseException as error:  # noqa: BLE001 - what the hook returned cannot be sent
             await self._failed(number, error)
         else:
-            self._client.reply(_reply(number, "publish", b"{}"))
+            if isinstance(count, AddressedHere) and self._namespace.kept((room,)):
+                self._refuse(number, INTERNAL)  # its history cannot be reached at the moment
+            else:
+                self._client.reply(_reply(number, "publish", b"{}"))
+
+    async def _history(self, number: int, body: dict[str, Any]) -> None:
+        room = self._room(number, body)
+        if room is None:
+            return
+        histories, since = self._namespace.histories, body.get("since")
+        limit, reverse = body.get("limit", 0), body.get("reverse") or False
+        if not self._client.socket.is_subscribed(room):
+            self._refuse(number, DENIED)
+        elif histories is None or not histories.remembers(room):
+            self._refuse(number, NOT_AVAILABLE)
+        elif type(limit) is not int or type(reverse) is not bool or not isinstance(since, dict | None):
+            self._refuse(number, BAD)
+        else:
+            position = None if since is None else _position({**since, "recover": True})
+            try:
+                log = await histories.read(
+                    room,
+                    since=None if position is None else position.offset,
+                    limit=None if limit < 0 else limit,
+                    reverse=reverse,
+                )
+            except TransportError:
+                self._refuse(number, INTERNAL)
+                return
+            if position is not None and position.epoch not in ("", log.position.epoch):
+                self._refuse(number, UNRECOVERABLE)
+                return
+            text = b'{"publications":[%b],"epoch":%b,"offset":%d}' % (
+                _publications(log.entries),
+                json.dumps(log.position.epoch).encode(),
+                log.position.offset,
+            )
+            self._client.reply(_reply(number, "history", text))
 
     def _info(self, room: str) -> bytes:
         """The ``ClientInfo`` of who publishes to the room."""
@@ -662,7 +775,7 @@ class Session(Dispatch):
         "publish": _publish,
         "presence": _unavailable,
         "presence_stats": _unavailable,
-        "history": _unavailable,
+        "history": _history,
         "rpc": _rpc,
         "send": _send,
         "refresh": _refresh,
@@ -718,13 +831,33 @@ class Session(Dispatch):
 
     def room_changed(self, room: str, joined: bool) -> None:
         """The socket is in the room, or has left it, and not because the client has asked for that."""
+        histories, told = self._namespace.histories, b"{}"
+        if joined and histories is not None and histories.remembers(room):
+            position = histories.told(self._client.socket, room)
+            if position is None:
+                return
+            told = _subscribed(Recovery(position), None)
         if room == self._own_room:
             return
         self._discard(room)
-        self._push(room, b'"subscribe":{}' if joined else b'"unsubscribe":' + _UNSUBSCRIBED)
+        self._push(room, b'"subscribe":' + told if joined else b'"unsubscribe":' + _UNSUBSCRIBED)
 
     def _push(self, room: str, what: bytes) -> None:
         self._client.reply(b'{"push":{"channel":' + json.dumps(room).encode() + b"," + what + b"}}")
+
+    def room_lost(self, room: str) -> None:
+        """The client has missed something in the room that nobody has any more: it has to begin anew."""
+        if room not in self._rooms:
+            # No code makes it come back into a room that it has not asked for.
+            self._client.close(3010, "insufficient state")
+            return
+        own, self._own_room = self._own_room, room
+        try:
+            self._namespace.leave(self._client.socket, room)
+        finally:
+            self._own_room = own
+        self._discard(room)
+        self._push(room, b'"unsubscribe":' + _INSUFFICIENT)
 
 
 def _is_valid(error: CallError) -> bool:
@@ -753,6 +886,36 @@ def _commands(data: str | bytes) -> Iterator[Any]:
             raise _BadRequest(f"not JSON: {error}") from None
         yield command
         start = end
+
+
+def _position(body: dict[str, Any]) -> Position | None:
+    """Where a client wants to go on; None if it begins."""
+    if not body.get("recover"):
+        return None
+    epoch, offset = body.get("epoch") or "", body.get("offset") or 0
+    if not isinstance(epoch, str) or type(offset) is not int or offset < 0:
+        raise _BadRequest("a position that is none")
+    return Position(epoch, offset)
+
+
+def _subscribed(recovery: Recovery, since: Position | None) -> bytes:
+    """What a client is told of a room with a history, as it begins to follow it."""
+    position = recovery.position
+    # As in Go: a client that is interrupted among the publications has then only moved as far as it got.
+    offset = since.offset if since is not None and recovery.recovered else position.offset
+    text = b'{"recoverable":true,"positioned":true,"epoch":%b,"offset":%d' % (
+        json.dumps(position.epoch).encode(),
+        offset,
+    )
+    if since is not None:
+        text += b',"was_recovering":true,"recovered":%b' % (b"true" if recovery.recovered else b"false")
+        if recovery.missed:
+            text += b',"publications":[' + _publications(recovery.missed) + b"]"
+    return text + b"}"
+
+
+def _publications(entries: Iterable[Kept]) -> bytes:
+    return b",".join([kept.publication for kept in entries])
 
 
 def _reply(number: int, kind: str, body: bytes) -> bytes:

@@ -60,6 +60,7 @@ class Connection:
         "deflate",
         "dropped",
         "heard_at",
+        "lose_room",
         "messages_out",
         "owed",
         "owed_counts",
@@ -108,6 +109,7 @@ class Connection:
         self.coded = deflate is not None
         self.pushed = False
         self.tell_room: Callable[[str, bool], None] | None = None
+        self.lose_room: Callable[[str], None] | None = None
         self._dispatch = self._new_dispatch()
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)
         self._limit = options.max_buffered_bytes

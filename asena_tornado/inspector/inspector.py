@@ -200,9 +200,11 @@ class Inspector:
             elsewhere = ""
             if isinstance(number, Addressed):
                 carried = number.carried
-                elsewhere = (
-                    ", and to the other nodes" if carried else ", but not to other nodes, which cannot be reached"
-                )
+                elsewhere = ", and to the other nodes"
+                if not carried:
+                    elsewhere = ", but not to other nodes, which cannot be reached"
+                    if kept := namespace.kept(rooms or ()):
+                        elsewhere += f", nor to {', '.join(map(repr, kept))}, whose history cannot be reached"
             number -= dropped
             if number == 0 and not dropped and not elsewhere:
                 return Receipt(0, f"sent to nobody: there are no sockets in {where}{namespace.path}")

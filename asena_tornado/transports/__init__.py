@@ -1,7 +1,16 @@
 """What carries messages between nodes: the `Transport` contract, and the transports there are."""
 
-from .contract import Receiver, Transport
+from .contract import Entries, Entry, EntryReceiver, Receiver, Transport, TransportHistory
 from .local import LocalTransport
 from .redis import RedisTransport
 
-__all__ = ["LocalTransport", "Receiver", "RedisTransport", "Transport"]
+__all__ = [
+    "Entries",
+    "Entry",
+    "EntryReceiver",
+    "LocalTransport",
+    "Receiver",
+    "RedisTransport",
+    "Transport",
+    "TransportHistory",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Receiver(Protocol):
@@ -17,6 +17,73 @@ class Receiver(Protocol):
 
         While it was False, messages may have been lost in either direction; the receiver finds out which. ``reason``
         says why it is not ready, in words for a person who has to repair it; empty when it is.
+        """
+        ...
+
+
+class Entry(NamedTuple):
+    """What was published to a channel with a history: its number, when (of ``time.time``), and the bytes."""
+
+    offset: int
+    at: float
+    payload: bytes
+
+
+class Entries(NamedTuple):
+    """Some of a channel's history; ``offset`` is the number of the last entry that was ever added, 0 for none."""
+
+    epoch: str
+    offset: int
+    entries: list[Entry]
+
+
+class EntryReceiver(Protocol):
+    """Who is told of the entries of a channel's history, on the loop that started the transport."""
+
+    def __call__(self, epoch: str, offset: int, at: float, payload: bytes | None) -> None:
+        """An entry was added, at this time (of ``time.time``). Never raises.
+
+        ``payload`` is None where there was no room for it on the way: it can be read.
+        """
+        ...
+
+
+@runtime_checkable
+class TransportHistory(Protocol):
+    """What a transport has as its ``history`` if it keeps what is published; without, rooms cannot remember.
+
+    Each channel has a history of its own, from 1 on in an epoch: a text that is new whenever the numbers are lost. It
+    is one for all nodes: what several of them publish at once gets numbers one after the other, and arrives everywhere
+    in the order of the numbers, at the node that has published it as well; except for what is lost on the way. Between
+    two channels there is no order, and `Transport.publish` is not concerned.
+    """
+
+    def publish(self, channel: str, payload: bytes, *, size: int, ttl: float) -> bool:
+        """Add the payload to the channel's history, and hand it to everybody who follows the channel.
+
+        Of the history, the last ``size`` entries are kept, each for ``ttl`` seconds; its epoch and offset for much
+        longer. False if it was not taken, as with `Transport.publish`: then nobody gets it, and it has no number.
+        """
+        ...
+
+    def follow(self, channel: str, receiver: EntryReceiver) -> None:
+        """Receive the channel's new entries from soon on; `Transport.sync` tells when.
+
+        `Transport.stop` forgets it. Where some may be lost, `Receiver.ready_changed` is called afterwards.
+        """
+        ...
+
+    def unfollow(self, channel: str) -> None:
+        """Receive them no more; a few may still come. Idempotent."""
+        ...
+
+    async def read(
+        self, channel: str, *, since: int | None = None, limit: int | None = None, reverse: bool = False
+    ) -> Entries:
+        """Return the entries after ``since``, oldest first; reversed, those before it, newest first; without holes.
+
+        They are at most ``limit``; 0 asks for the position only. What this node has published before is among them.
+        Raises `TransportError` when the history cannot be reached.
         """
         ...
 
@@ -43,6 +110,8 @@ class Transport(Protocol):
     ``tests/test_transports.py`` says the same as tests. Run it against your own transport:
     ``pytest tests/test_transports.py --transport package.module:make``, where ``make(name)`` returns a new transport;
     those made with one name belong together, and to no others.
+
+    A transport that also keeps what is published has it in an attribute ``history``: see `TransportHistory`.
     """
 
     @property

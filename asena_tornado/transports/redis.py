@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError, ServerStateError, TransportError
 from .contract import Receiver
+from .streams import RedisHistory, Scripted
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection, ConnectionPool
@@ -42,6 +43,8 @@ class RedisTransport:
     so any server that speaks Redis' protocol will do. It has to be the primary: what is published on a replica does
     not reach the clients of its primary. To notice a replica it needs one of HELLO, ROLE and INFO as well; without a
     right to any of them it trusts the URL. Order, loss and everything else: see `Transport`.
+
+    Rooms with a history need more of it: see `transports.streams.RedisHistory`.
 
     It is `ready` once a message of its own has come back through Redis, and makes sure of that once a second.
 
@@ -81,6 +84,7 @@ class RedisTransport:
         self._url = url
         self._pool = _pool(url, timeout)
         self._start = f"{prefix}:".encode()
+        self.history = RedisHistory(self)
         self._receiver: Receiver | None = None
         self._started = False
         self._tried: asyncio.Future[None] | None = None  # done when it is known whether it works
@@ -141,6 +145,7 @@ class RedisTransport:
         loop = asyncio.get_running_loop()
         self._work, self._asked = asyncio.Event(), asyncio.Event()
         self._tried = loop.create_future()
+        self.history.open()
         self._fresh_from = self._probes + 1
         self._wanted[self._loop_channel] = None
         try:
@@ -181,18 +186,22 @@ class RedisTransport:
             if self._watching is not None:
                 self._watching.cancel()
                 await asyncio.wait([self._watching])
-            await asyncio.gather(self._publisher.stop(), self._subscriber.stop())
+            await asyncio.gather(self._publisher.stop(), self._subscriber.stop(), self.history.close())
         finally:
             self._stopping = None
 
     def publish(self, channel: str, payload: bytes) -> bool:
         """Queue it for the pipeline of this turn of the loop."""
         name = self._start + channel.encode()
+        # What redis-py's pack_command makes of it, at a tenth of the cost.
+        command = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(payload), payload)
+        return self._queue(name, command, len(payload))
+
+    def _queue(self, name: bytes, command: bytes, size: int) -> bool:
+        """Take a finished command that publishes ``size`` bytes to the channel of this name."""
         if self._hindered and not self._accepts(name):
             self.refused += 1
             return False
-        # What redis-py's pack_command makes of it, at a tenth of the cost.
-        command = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(payload), payload)
         if self._pending_bytes + len(command) > self.max_pending_bytes:
             self.refused += 1
             if not self._overflowing:
@@ -201,7 +210,7 @@ class RedisTransport:
                     "%r: a message of %s bytes reaches local sockets only: %s. At most %s bytes may wait for Redis "
                     "(max_pending_bytes)",
                     self,
-                    len(payload),
+                    size,
                     f"too slow: {self._pending_bytes} wait already" if self._pending_bytes else "it is too large",
                     self.max_pending_bytes,
                 )
@@ -214,13 +223,17 @@ class RedisTransport:
 
     def subscribe(self, channel: str) -> None:
         """Subscribe with this turn's other changes."""
-        name = self._start + channel.encode()
+        self._want(self._start + channel.encode())
+
+    def _want(self, name: bytes) -> None:
         self._wanted[name] = None
         self._change(name)
 
     def unsubscribe(self, channel: str) -> None:
         """Unsubscribe with this turn's other changes."""
-        name = self._start + channel.encode()
+        self._unwant(self._start + channel.encode())
+
+    def _unwant(self, name: bytes) -> None:
         self._wanted.pop(name, None)
         self._change(name)
 
@@ -239,6 +252,12 @@ class RedisTransport:
         if not self._subscriber.up:
             raise TransportError(f"{self!r} is not reachable: {self._reason}")
         await self._reached(self._subscriber, self._ping_subscriber())
+
+    async def _flushed(self) -> None:
+        """Return once Redis has all that was published before. Raises `TransportError` when it cannot be reached."""
+        if not self._publisher.up or self._refusal:
+            raise TransportError(f"{self!r} is not reachable: {self._reason or 'not started'}")
+        await self._reached(self._publisher, self._taken)
 
     def _accepts(self, name: bytes) -> bool:
         """Whether a message to the channel can be taken at the moment."""
@@ -261,6 +280,8 @@ class RedisTransport:
         line = self._publisher
         self._role_commands = list(_ROLE_COMMANDS)
         await self._probe(connection)
+        if self.history.used:
+            await self._load(connection)
         line.set_up(True)
         while True:
             while not self._pending and not self._probe_due:
@@ -269,6 +290,8 @@ class RedisTransport:
                 await self._work.wait()
             if self._probe_due:
                 await self._probe(connection)
+            if self.history.load_due:
+                await self._load(connection)
             batch: list[bytes] = []
             size = 0
             while self._pending and size < _BATCH_BYTES and len(batch) < _BATCH_MESSAGES:
@@ -279,16 +302,35 @@ class RedisTransport:
             self._in_flight = len(batch)
             with line.owed():
                 await _send(connection, b"".join(batch))
+                unknown: list[Scripted] = []
                 for command in batch:
                     refusal = await self._answer(connection)
+                    if refusal.startswith("NOSCRIPT") and isinstance(command, Scripted):
+                        unknown.append(command)  # somebody has made Redis forget the script
+                        continue
                     self._in_flight -= 1
                     if refusal:
                         self.lost += 1
                         self._refuse_message(command, refusal)
+                for scripted in unknown:
+                    await _send(connection, scripted.whole)
+                    refusal = await self._answer(connection)
+                    self._in_flight -= 1
+                    if refusal:
+                        self.lost += 1
+                        self._refuse_message(scripted, refusal)
             # Until here they count as waiting: a Redis that does not answer must not be fed without end.
             self._pending_bytes -= size
             self._settled += len(batch)
             self._wake(line, self._settled)
+
+    async def _load(self, connection: AbstractConnection) -> None:
+        """Let Redis know the script. If that is not allowed, each message brings it along."""
+        self.history.load_due = False
+        with self._publisher.owed():
+            await _send(connection, self.history.load)
+            if refusal := await self._answer(connection):
+                log.warning("%r: the script for histories was not loaded: %s", self, refusal)
 
     async def _probe(self, connection: AbstractConnection) -> None:
         """Publish a message to ourselves, and see that this is a primary."""
@@ -336,14 +378,19 @@ class RedisTransport:
             await connection.read_response()
         except ResponseError as error:
             # redis-py drops the word that Redis begins with.
-            name = {"NoPermissionError": "NOPERM", "ReadOnlyError": "READONLY", "OutOfMemoryError": "OOM"}
+            name = {
+                "NoPermissionError": "NOPERM",
+                "NoScriptError": "NOSCRIPT",
+                "OutOfMemoryError": "OOM",
+                "ReadOnlyError": "READONLY",
+            }
             return " ".join(filter(None, (name.get(type(error).__name__), str(error))))
         return ""
 
     def _refuse_message(self, command: bytes, reason: str) -> None:
         """Redis did not accept a message: because of its channel, or it accepts none."""
         self._refused_last = reason
-        name = command.split(b"\r\n", 5)[4]
+        name = command.channel if isinstance(command, Scripted) else command.split(b"\r\n", 5)[4]
         if reason.startswith("NOPERM") and "channel" in reason:
             self._deny(name, reason)
             return
@@ -409,6 +456,7 @@ class RedisTransport:
     async def _read(self, connection: AbstractConnection) -> None:
         line = self._subscriber
         start = len(self._start)
+        followed, entries = self.history.followed, b"{" + self._start
         turn = 0
         while True:
             answer = await connection.read_response(disable_decoding=True)
@@ -416,7 +464,9 @@ class RedisTransport:
             if isinstance(answer, list) and answer[0] == b"message":
                 if answer[1] == self._loop_channel:
                     self._probe_returned(answer[2])
-                elif self._receiver is not None:
+                elif (receiver := followed.get(answer[1])) is not None:
+                    self.history.arrived(receiver, answer[2])
+                elif self._receiver is not None and not answer[1].startswith(entries):
                     self._receiver.message_received(answer[1][start:].decode(errors="replace"), answer[2])
             else:
                 # To a ping: ["pong", number] when something is subscribed to, else the number itself.

@@ -13,11 +13,19 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from ..errors import ConfigurationError, EncodeError, RoomNameError, ServerStateError, UlakError, UlakErrorCode
+from ..errors import (
+    ConfigurationError,
+    EncodeError,
+    RoomNameError,
+    ServerStateError,
+    TransportError,
+    UlakError,
+    UlakErrorCode,
+)
 from ..ioc.inject import Provider, Reference
 from ..websocket.door import Door
 from ..websocket.messages import Message, encode
-from ..websocket.namespace import Namespace, normalize_path
+from ..websocket.namespace import AddressedHere, Namespace, normalize_path
 
 R = TypeVar("R")
 
@@ -314,7 +322,15 @@ class Ulak:
                 namespace=namespace.path,
             )
         message = _encode(data, namespace.path)
-        return _Delivery(namespace.path, UlakErrorCode.SEND_FAILED, lambda: namespace.to(names, message))
+
+        def deliver() -> int:
+            count = namespace.to(names, message)
+            if isinstance(count, AddressedHere) and (kept := namespace.kept(names)):
+                rooms = ", ".join(map(repr, kept))
+                raise TransportError(f"nobody in {rooms} gets it, as the history cannot be reached at the moment")
+            return count
+
+        return _Delivery(namespace.path, UlakErrorCode.SEND_FAILED, deliver)
 
     def _to_socket(self, path: str, socket_id: str, data: object) -> _Delivery:
         namespace = self._find(path)

@@ -90,11 +90,7 @@ class Message:
     @property
     def json(self) -> bytes:
         """The data as JSON: as it was encoded, a text as a string, bytes as ``{"base64": "…"}``."""
-        if self.is_json:
-            return self.payload
-        if self.opcode == BINARY:
-            return b'{"base64":"' + base64.b64encode(self.payload) + b'"}'
-        return to_json(self.payload.decode())
+        return as_json(self.opcode, self.payload, self.is_json)
 
     def push(self, room: str | None) -> Message:
         """What Centrifuge clients get instead: a publication in the room, or (None) a message. Made once for each."""
@@ -125,6 +121,15 @@ class Publication(Message):
     def __init__(self, opcode: int, payload: bytes, *, is_json: bool, info: bytes) -> None:
         super().__init__(opcode, payload, is_json=is_json)
         self.info = info
+
+
+def as_json(opcode: int, payload: bytes, is_json: bool) -> bytes:
+    """See `Message.json`."""
+    if is_json:
+        return payload
+    if opcode == BINARY:
+        return b'{"base64":"' + base64.b64encode(payload) + b'"}'
+    return to_json(payload.decode())
 
 
 def encode(data: object) -> Message:

@@ -19,6 +19,7 @@ from ..errors import (
 )
 from .door import CLOSED_DOOR, Door
 from .events import EventLog
+from .history import Histories, History, OwnHistories, Position, RoomRules
 from .hooks import Hooks
 from .messages import Message, encode
 from .options import WebSocketOptions
@@ -75,6 +76,15 @@ class Link(Protocol):
 
     def publish(self, path: str, rooms: tuple[str, ...] | None, message: Message, excluded: tuple[str, ...]) -> bool:
         """Hand the message over; False if the other nodes do not get it."""
+        ...
+
+    def publish_and_keep(
+        self, path: str, kept: tuple[str, ...], others: tuple[str, ...], message: Message, excluded: tuple[str, ...]
+    ) -> bool:
+        """Hand it over for some rooms with a history, and others without; False if it is not kept everywhere.
+
+        For the rooms with a history it comes back to this node, if it is kept.
+        """
         ...
 
     def check(self, room: str) -> None:
@@ -186,10 +196,12 @@ class SocketsView(Mapping[str, Socket[Any]]):
 class Namespace:
     """The state behind one path. Reading is possible from any thread; changes happen on the server's loop."""
 
-    def __init__(self, path: str, hooks: Hooks, *, options: WebSocketOptions) -> None:
+    def __init__(self, path: str, hooks: Hooks, *, options: WebSocketOptions, rules: RoomRules | None = None) -> None:
         self.path = path
         self.hooks = hooks
         self.options = options
+        self.rules = rules  # that rooms have options by, where any has
+        self.histories: Histories | None = None  # where any room has one
         self.door: Door = CLOSED_DOOR
         self.outbox: FanOut | None = None
         self.link: Link | None = None
@@ -215,6 +227,35 @@ class Namespace:
     def open(self, door: Door, outbox: FanOut) -> None:
         """From now on, send through this outbox, on the loop behind this door."""
         self.door, self.outbox = door, outbox
+
+    @property
+    def remembers(self) -> bool:
+        """Whether any of its rooms has a history."""
+        return self.rules is not None and self.rules.remember
+
+    def remember(self, histories: Histories | None) -> None:
+        """Keep what is sent to rooms with a history there from now on; None: nowhere. On the loop, or before."""
+        old, self.histories = self.histories, histories
+        if old is not None:
+            old.close()
+            self.unobserve(old)
+        if histories is not None:
+            self.observe(histories)
+            if old is not None:
+                for room in list(self.index.names):
+                    if old.remembers(room):
+                        self.lose(room)  # what its members have seen is not of this history
+
+    def kept(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the rooms that have a history."""
+        return () if self.histories is None else self.histories.among(names)
+
+    def lose(self, room: str) -> None:
+        """The members of the room have missed something that nobody has any more; on the loop."""
+        for socket in tuple(self.index.members(room)):
+            lose_room = socket._connection.lose_room
+            if lose_room is not None:
+                lose_room(room)
 
     # -- who is told
 
@@ -271,6 +312,9 @@ class Namespace:
         """
         names = None if rooms is None else self.room_names(rooms)
         message = encode(data)
+        histories = self.histories
+        if histories is not None and names is not None and (kept := histories.among(names)):
+            return self._publish_and_keep(histories, kept, names, message, exclude, origin)
         if self.link is not None:
             return self._publish_everywhere(self.link, names, message, exclude, origin)
         excluded = self._excluded(exclude, origin)
@@ -279,6 +323,50 @@ class Namespace:
         self.door.run(self._deliver, names, message, excluded, size=len(message.frame))
         members = self._members(names)
         return len(members) - sum(1 for socket in excluded or () if socket in members)
+
+    def _publish_and_keep(
+        self,
+        histories: Histories,
+        kept: tuple[str, ...],
+        names: tuple[str, ...],
+        message: Message,
+        exclude: Exclude,
+        origin: Socket[Any] | None,
+    ) -> int:
+        """Some of the rooms have a history: these come first, as a member of several gets it for the first of them."""
+        names = (*kept, *(name for name in dict.fromkeys(names) if name not in kept))
+        each = _sockets_or_ids(exclude)
+        excluded = self._excluded(each, origin)
+        if isinstance(histories, OwnHistories):
+            if self.door.inside():
+                return self._deliver(names, histories.append(kept, message), excluded)
+            self.door.run(self._keep, kept, names, message, excluded, size=len(message.frame))
+            return self._count(names, excluded)
+        link = self.link
+        if link is None:
+            return AddressedHere(0)
+        for room in names:
+            link.check(room)
+        # It comes back to this node, too.
+        ids = {one if isinstance(one, str) else one.id for one in each} | ({origin.id} if origin is not None else set())
+        others = names[len(kept) :]
+        carried = link.ready
+        if self.door.inside():
+            carried = link.publish_and_keep(self.path, kept, others, message, tuple(ids))
+        else:
+            self.door.run(link.publish_and_keep, self.path, kept, others, message, tuple(ids), size=len(message.frame))
+        return Addressed(self._count(names, excluded)) if carried else AddressedHere(self._count(others, excluded))
+
+    def _count(self, names: tuple[str, ...], excluded: frozenset[Socket] | None) -> int:
+        members = self._members(names)
+        return len(members) - sum(1 for socket in excluded or () if socket in members)
+
+    def _keep(
+        self, kept: tuple[str, ...], names: tuple[str, ...], message: Message, excluded: frozenset[Socket] | None
+    ) -> None:
+        if isinstance(self.histories, OwnHistories):  # else they were replaced meanwhile
+            message = self.histories.append(kept, message)
+        self._deliver(names, message, excluded)
 
     def _publish_everywhere(
         self,
@@ -306,12 +394,14 @@ class Namespace:
         count = len(members) - sum(1 for socket in excluded or () if socket in members)
         return Addressed(count) if ready else AddressedHere(count)
 
-    def publish_from(self, room: str, message: Message) -> None:
-        """Send to the room what a client publishes itself, who gets it, too. On the loop."""
+    def publish_from(self, room: str, message: Message) -> int:
+        """Send to the room what a client publishes itself, who gets it, too. On the loop; otherwise like `publish`."""
+        histories = self.histories
+        if histories is not None and histories.remembers(room):
+            return self._publish_and_keep(histories, (room,), (room,), message, (), None)
         if self.link is not None:
-            self._publish_everywhere(self.link, (room,), message, (), None)
-        else:
-            self._deliver((room,), message, None)
+            return self._publish_everywhere(self.link, (room,), message, (), None)
+        return self._deliver((room,), message, None)
 
     def deliver(self, names: tuple[str, ...] | None, message: Message, excluded: Iterable[str]) -> None:
         """Send what another node published; called on the loop."""
@@ -340,6 +430,34 @@ class Namespace:
                 self._tell_listeners(names or (), message, count)
             self.outbox.publish(members, message, excluded, names)  # type: ignore[union-attr]  # the door is open
         return count
+
+    # -- what was sent
+
+    async def history(
+        self, room: str, *, since: Position | None = None, limit: int | None = 100, reverse: bool = False
+    ) -> History:
+        """What the room remembers; from any loop. See `AsenaWebSocketService.history`."""
+        (room,) = self.room_names((room,))
+        if since is not None and not isinstance(since, Position):
+            raise TypeError(f"since takes a Position(epoch, offset), not {since!r}")
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit must be 0 or more, or None for all there are, not {limit!r}")
+
+        async def read() -> History:
+            histories = self.histories
+            if histories is None or not histories.remembers(room):
+                raise ConfigurationError(
+                    f"room {room!r} of {self.path} has no history: give it one in "
+                    f"@WebSocket({self.path!r}, rooms={{{room!r}: RoomOptions(history_size=100)}})"
+                )
+            after = None if since is None else since.offset
+            log = await histories.read(room, since=after, limit=limit, reverse=reverse)
+            if since is not None and since.epoch != log.position.epoch:
+                # The offset is of a history that is no more.
+                log = await histories.read(room, since=None, limit=limit, reverse=reverse)
+            return History(log.position.epoch, log.position.offset, tuple(kept.entry for kept in log.entries))
+
+        return await self.door.acall(read)
 
     def members(self, room: str | None) -> Mapping[Socket[Any], None]:
         """The sockets in the room (None: in the namespace), live."""
@@ -431,13 +549,13 @@ class Namespace:
 
     # -- replacing the service
 
-    def replace(self, hooks: Hooks, options: WebSocketOptions) -> None:
+    def replace(self, hooks: Hooks, options: WebSocketOptions, rules: RoomRules | None) -> None:
         """Put a new service behind the namespace, on the loop. Sockets and rooms stay as they are.
 
         Values are validated anew; a socket whose values no longer fit is closed with 1012. The new options hold
         for connections from now on.
         """
-        old, self.hooks, self.options = self.hooks, hooks, options
+        old, self.hooks, self.options, self.rules = self.hooks, hooks, options, rules
         self.events.record("replaced", detail=f"{type(hooks.service).__name__} runs new code")
         for socket in list(self._by_id.values()):
             try:

@@ -20,6 +20,7 @@ from typing import (
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
 from .calls import marked, on
+from .history import History, Position, RoomOptions, RoomRules, room_rules
 from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
@@ -151,6 +152,32 @@ class AsenaWebSocketService(Generic[T]):
         """
         return self._bound().in_(data, exclude=exclude)
 
+    async def history(
+        self, room: str, since: Position | None = None, *, limit: int | None = 100, reverse: bool = False
+    ) -> History:
+        """Return what a room remembers of what was sent to it; the room needs a history, see `RoomOptions`.
+
+        Centrifuge clients that come back get what they missed by themselves; with this, plain clients can ask for it.
+
+        Args:
+            room: The room's name.
+            since: Only what was sent after this position; reversed, before it. If its epoch is not the room's, it
+                counts for nothing: `History.continues` tells.
+            limit: The most entries; 0 for the position only, None for all there are.
+            reverse: Newest first, instead of oldest first.
+
+        Returns:
+            A `History`: the room's epoch and offset, and the entries.
+
+        Raises:
+            ConfigurationError: The room has no history.
+            RoomNameError: The name is empty, too long, or not a string.
+            ValueError: The limit is negative.
+            TransportError: The transport, which keeps the history, cannot be reached at the moment.
+            ServerStateError: The server does not run.
+        """
+        return await self._bound().history(room, since=since, limit=limit, reverse=reverse)
+
     # The hooks' signatures are open, so that overriding one with fewer arguments, or as a coroutine, type-checks.
 
     def on_open(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +228,7 @@ class WebSocketSpec:
     options: WebSocketOptions | None
     protocols: tuple[ProtocolName, ...]
     subprotocols: tuple[str, ...]
+    rules: RoomRules | None
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
@@ -215,6 +243,7 @@ def WebSocket(
     options: WebSocketOptions | None = None,
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
     subprotocols: Sequence[str] = (),
+    rooms: Mapping[str, RoomOptions] | None = None,
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -234,6 +263,8 @@ def WebSocket(
         subprotocols: The WebSocket subprotocols (RFC 6455 §1.9) that the service speaks with plain clients, such as
             ``("graphql-ws",)``. Of those that a client offers, the first one that is among these is agreed on, and is
             ``ws.subprotocol``. A client that offers none of them is let in without; browsers then close by themselves.
+        rooms: What rooms are to have, by their name or a pattern such as ``"game:*"`` (of `fnmatch`); the first that
+            fits counts.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -263,6 +294,7 @@ def WebSocket(
         )
     if subprotocols and "plain" not in spoken:
         raise ConfigurationError(f"subprotocols are for plain clients, and those cannot connect to {normal!r}")
+    rules = room_rules(rooms, f"@WebSocket({path!r})")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -290,6 +322,7 @@ def WebSocket(
             options,
             spoken,
             tuple(subprotocols),
+            rules,
             _resolve(_values_type(cls), cls, here),
             resolve(_message_annotation(cls), cls.on_message),
             {name: resolve(annotation, getattr(cls, name)) for name, annotation in _reply_annotations(cls).items()},

@@ -80,6 +80,8 @@ class Wire(Protocol):
     reconnected: bool
     # Called when the socket has come into a room (True), or left one; None where the client is not told.
     tell_room: Callable[[str, bool], None] | None
+    # Called when it has missed something in the room that nobody has any more; None likewise.
+    lose_room: Callable[[str], None] | None
 
     @property
     def protocol(self) -> ProtocolName:
