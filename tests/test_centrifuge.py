@@ -1461,9 +1461,10 @@ async def test_in_node(which: str, packages: Any, monkeypatch: pytest.MonkeyPatc
     module = ASENA if which == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
     async with AsenaServer(Chat, port=0) as server, node(module, packages) as client:
         await through_everything(client, server)
-    monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
-    async with AsenaServer(Guard, port=0) as server, node(module, packages) as client:
-        await through_an_expiring_subscription(client, server)
+    if which == "the SDK":  # asena.js refreshes the connection's token only
+        monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
+        async with AsenaServer(Guard, port=0) as server, node(module, packages) as client:
+            await through_an_expiring_subscription(client, server)
 
 
 async def test_live_client_gets_a_new_token_where_the_old_one_has_expired() -> None:
