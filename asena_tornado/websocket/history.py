@@ -77,6 +77,15 @@ class RoomRules:
         self._found: dict[str, RoomOptions | None] = {}
         self.remember = any(options.history_size for options in rooms.values())
 
+    def dump(self) -> list[tuple[str, dict[str, Any]]]:
+        """The rules as plain data, for `load`."""
+        return [(name, options.model_dump(exclude_unset=True)) for name, options in self._rules]
+
+    @classmethod
+    def load(cls, dumped: Any) -> Self:
+        """What another process has dumped. Raises ``ValueError`` and ``TypeError`` for anything else."""
+        return cls({str(name): RoomOptions(**options) for name, options in dumped})
+
     def history(self, room: str) -> RoomOptions | None:
         """The options of a room with a history; None if it has none."""
         try:
