@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from asena_tornado import (
     AsenaServer,
     AsenaWebSocketService,
+    ConfigurationError,
     Gap,
     LocalTransport,
     Position,
@@ -425,6 +426,39 @@ async def test_members_are_told_when_their_server_takes_its_histories_from_elsew
             assert data_of(await service(new).history("news")) == [1, 2]
         finally:
             await new.aclose()
+
+
+async def test_a_rerun_keeps_shared_histories(make: Make) -> None:
+    port = free_port()
+
+    def again(**rooms: RoomOptions) -> AsenaServer:
+        service = WebSocket("/chat", rooms=rooms)(type("Again", (Chat,), {}))
+        return AsenaServer(service, port=port, transport=make())
+
+    server = again(news=RoomOptions(history_size=5), log=RoomOptions(history_size=5))
+    await asyncio.to_thread(server.start)
+    async with raw(server) as client:
+        await client.connect()
+        position = await subscribe(client, "news")
+        await subscribe(client, "later")
+        service(server).to("news", 1)
+        assert await client.hear() == pub("news", 1, 1)
+        server = again(news=RoomOptions(history_size=2), later=RoomOptions(history_size=2))
+        await asyncio.to_thread(server.start)
+        try:
+            for i in range(2, 5):
+                service(server).to("news", i)
+            assert await publications(client, 3) == [(2, 2), (3, 3), (4, 4)]
+            service(server).to("later", 1)
+            assert await client.hear() == pub("later", 1, 1)
+            history = await service(server).history("news")
+            assert (history.epoch, data_of(history)) == (position["epoch"], [3, 4])
+            rooms = await asyncio.to_thread(lambda: server.inspector.rooms)
+            assert (rooms.histories["news"].entries, rooms.histories["news"].offset) == (None, 4)
+            with pytest.raises(ConfigurationError, match="has no history"):
+                await service(server).history("log")
+        finally:
+            await server.aclose()
 
 
 def free_port() -> int:
