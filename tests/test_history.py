@@ -28,9 +28,15 @@ from asena_tornado import (
     Socket,
     WebSocket,
 )
+from asena_tornado.inspector.snapshots import RoomHistory
 from asena_tornado.transports import TransportHistory
 from asena_tornado.websocket.history import MemoryHistory, RoomRules
+from tests.scripts import Client
+from tests.test_asena_js import ASENA, node, packages
 from tests.test_centrifuge import Raw, raw
+from tests.test_live_client import Driven
+
+__all__ = ["packages"]  # a fixture
 
 ROOMS = {"plain:*": RoomOptions(), "news": RoomOptions(history_size=3), "*": RoomOptions(history_size=100)}
 
@@ -589,6 +595,19 @@ async def test_a_client_that_comes_back_has_everything_once() -> None:
                     assert await got.get() == (20 * round_ + i + 1, [round_, i])
 
 
+async def test_the_inspector_shows_what_rooms_remember() -> None:
+    async with running() as server, connect(server.url("/chat?room=news&room=plain:1")) as client:
+        for i in range(5):
+            service(server).to("news", i)
+        await client.recv()
+        rooms = await asyncio.to_thread(lambda: server.inspector.rooms)
+        epoch = (await service(server).history("news")).epoch
+        assert rooms.histories == {"news": RoomHistory(3, 5, epoch)}
+        assert "'news': 1 socket; 3 messages kept, offset 5" in repr(rooms)
+        assert "'plain:1': 1 socket\n" in repr(rooms) + "\n"
+        assert "<td>3 messages kept, offset 5</td>" in rooms._repr_html_()
+
+
 # -- when the cell is run again
 
 
@@ -637,3 +656,60 @@ async def test_a_stopped_server_keeps_nothing() -> None:
         assert before.epoch != after.epoch
     finally:
         await server.aclose()
+
+
+# -- the clients that there are
+
+
+async def through_losses(client: Client, server: AsenaServer, *, asks_for_history: bool = True) -> None:
+    """A client that loses its connection again and again, in a room it asks for and in one it is put into."""
+    chat = service(server)
+    url = server.client_url("/chat") + "?room=served"
+    await client.do("new", url, {"minReconnectDelay": 20, "maxReconnectDelay": 100})
+    await client.do("connect")
+    await client.event("connected")
+    subscribed = await client.event("subscribed", channel="served")
+    assert (subscribed["recoverable"], subscribed["streamPosition"]["offset"]) == (True, 0)
+    assert (await client.subscribed("asked"))["recoverable"] is True
+    for round_ in range(3):
+        chat.to("served", [round_, "live"])
+        chat.to("asked", [round_, "live"])
+        await client.event("publication", channel="served", data=[round_, "live"])
+        await client.event("publication", "asked", data=[round_, "live"])
+        for ws in server.namespaces["/chat"].sockets.values():
+            ws.terminate()
+        await client.event("connecting")
+        chat.to(["served", "asked"], [round_, "missed"])
+        for subscribed in (
+            await client.event("subscribed", channel="served"),
+            await client.event("subscribed", "asked"),
+        ):
+            assert (subscribed["wasRecovering"], subscribed["recovered"]) == (True, True)
+        await client.event("publication", channel="served", data=[round_, "missed"])
+        await client.event("publication", "asked", data=[round_, "missed"])
+    expected = [[i, what] for i in range(3) for what in ("live", "missed")]
+    assert [each["data"] for each in client.seen("publication") if each["channel"] == "served"] == expected
+    assert [each["data"] for each in client.seen("publication", room="asked")] == expected
+    assert [each["offset"] for each in client.seen("publication", room="asked")] == list(range(1, 7))
+    if asks_for_history:
+        history = await client.do("history", "asked", {"limit": 2, "reverse": True})
+        assert [each["data"] for each in history["publications"]] == [[2, "missed"], [2, "live"]]
+    # What cannot be had any more is told.
+    server._site.transport.history.memory.clear()  # type: ignore[attr-defined]
+    for ws in server.namespaces["/chat"].sockets.values():
+        ws.terminate()
+    subscribed = await client.event("subscribed", "asked")
+    assert (subscribed["wasRecovering"], subscribed["recovered"]) == (True, False)
+
+
+async def test_live_client() -> None:
+    async with running() as server:
+        await through_losses(Driven(), server)
+
+
+@pytest.mark.js
+@pytest.mark.parametrize("which", ["asena.js", "the SDK"])
+async def test_in_node(which: str, packages: Any) -> None:
+    module = ASENA if which == "asena.js" else packages / "centrifuge" / "build" / "index.mjs"
+    async with running() as server, node(module, packages) as client:
+        await through_losses(client, server, asks_for_history=which == "the SDK")

@@ -17,6 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from asena_tornado import (
     AsenaServer,
     AsenaWebSocketService,
+    ConfigurationError,
     Gap,
     LocalTransport,
     Position,
@@ -24,6 +25,7 @@ from asena_tornado import (
     RoomOptions,
     Socket,
     Transport,
+    UlakClient,
     UlakError,
     UlakErrorCode,
     WebSocket,
@@ -241,6 +243,21 @@ async def test_ulak_reaches_rooms_with_a_history_of_other_servers(make: Make) ->
         assert await publications(client, 3) == [(1, 1), (2, 2), (3, 3)]
 
 
+async def test_what_a_process_without_a_server_sends_is_kept_too(make: Make) -> None:
+    async with servers(make) as (a, b), raw(b) as client, UlakClient(make()) as ulak:
+        await client.connect()
+        for room in ("news", "plain:1"):
+            await subscribe(client, room)
+        await ulak.to("/chat", "news", 1)
+        await ulak.to("/chat", ["plain:1", "news", "news"], 2)
+        await ulak.to("/chat", "nobody is here", 3)
+        await ulak.to("/chat", "plain:1", 4)
+        heard = [(await client.hear())["push"]["pub"]["data"] for _ in range(3)]
+        assert sorted(heard) == [1, 2, 4]
+        assert data_of(await service(a).history("news")) == [1, 2]
+        assert data_of(await service(a).history("nobody is here")) == [3]
+
+
 async def test_a_room_that_the_service_puts_a_client_in_afterwards_tells_its_position(make: Make) -> None:
     async with servers(make) as (a, b), raw(b) as client:
         await client.connect()
@@ -409,6 +426,39 @@ async def test_members_are_told_when_their_server_takes_its_histories_from_elsew
             assert data_of(await service(new).history("news")) == [1, 2]
         finally:
             await new.aclose()
+
+
+async def test_a_rerun_keeps_shared_histories(make: Make) -> None:
+    port = free_port()
+
+    def again(**rooms: RoomOptions) -> AsenaServer:
+        service = WebSocket("/chat", rooms=rooms)(type("Again", (Chat,), {}))
+        return AsenaServer(service, port=port, transport=make())
+
+    server = again(news=RoomOptions(history_size=5), log=RoomOptions(history_size=5))
+    await asyncio.to_thread(server.start)
+    async with raw(server) as client:
+        await client.connect()
+        position = await subscribe(client, "news")
+        await subscribe(client, "later")
+        service(server).to("news", 1)
+        assert await client.hear() == pub("news", 1, 1)
+        server = again(news=RoomOptions(history_size=2), later=RoomOptions(history_size=2))
+        await asyncio.to_thread(server.start)
+        try:
+            for i in range(2, 5):
+                service(server).to("news", i)
+            assert await publications(client, 3) == [(2, 2), (3, 3), (4, 4)]
+            service(server).to("later", 1)
+            assert await client.hear() == pub("later", 1, 1)
+            history = await service(server).history("news")
+            assert (history.epoch, data_of(history)) == (position["epoch"], [3, 4])
+            rooms = await asyncio.to_thread(lambda: server.inspector.rooms)
+            assert (rooms.histories["news"].entries, rooms.histories["news"].offset) == (None, 4)
+            with pytest.raises(ConfigurationError, match="has no history"):
+                await service(server).history("log")
+        finally:
+            await server.aclose()
 
 
 def free_port() -> int:
@@ -713,13 +763,18 @@ async def vandalize(redis: RedisServer, dice: random.Random, *, forget: bool) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("count", "havoc"), [(1, ""), (3, ""), (3, "cut"), (3, "forget")])
+@pytest.mark.parametrize(
+    ("make", "count", "havoc"),
+    [
+        ("local", 1, ""),
+        ("local", 3, ""),
+        *(pytest.param("redis", 3, havoc, marks=pytest.mark.redis) for havoc in ("", "cut", "forget")),
+    ],
+    indirect=["make"],
+)
 async def test_every_member_hears_each_offset_once_or_is_told(
     count: int, havoc: str, make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vandals = isinstance(make(), RedisTransport)
-    if (count == 1 and vandals) or (havoc and not vandals):
-        pytest.skip("the same as another case")
     seed = request.config.getoption("--seed")
     seed = random.randrange(10**6) if seed is None else seed
     print(f"--seed {seed}")  # noqa: T201

@@ -8,17 +8,19 @@ runs them against ``make(name)``, which returns a new transport; those made with
 from __future__ import annotations
 
 import asyncio
+import functools
 import pkgutil
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from asena_tornado import ServerStateError
-from asena_tornado.transports import LocalTransport, RedisTransport, Transport
+from asena_tornado import ServerStateError, TransportError
+from asena_tornado.transports import LocalTransport, RedisTransport, Transport, TransportHistory
 
 if TYPE_CHECKING:
     from tests.conftest import RedisServer
@@ -254,3 +256,124 @@ async def test_stopping_twice_at_once_and_starting_again(make: Make) -> None:
         await a.transport.sync()
         assert b.transport.publish("x", b"after")
         assert await a.receive(1) == [("x", b"after")]
+
+
+# -- histories, for a transport that has them
+
+
+class Followers:
+    """What one node hears of channels with a history."""
+
+    def __init__(self, node: Node) -> None:
+        store = getattr(node.transport, "history", None)
+        if store is None:
+            pytest.skip("this transport keeps no histories")
+        assert isinstance(store, TransportHistory)
+        self.node, self.store = node, store
+        self.heard: dict[str, list[tuple[int, bytes | None]]] = {}
+        self.epochs: set[str] = set()
+        self._news = asyncio.Event()
+
+    async def follow(self, *channels: str) -> None:
+        for channel in channels:
+            self.heard[channel] = []
+            self.store.follow(channel, functools.partial(self._receive, channel))
+        await self.node.transport.sync()
+
+    def _receive(self, channel: str, epoch: str, offset: int, at: float, payload: bytes | None) -> None:
+        assert abs(at - time.time()) < 60
+        self.heard[channel].append((offset, payload))
+        self.epochs.add(epoch)
+        self._news.set()
+
+    async def hear(self, channel: str, count: int) -> list[tuple[int, bytes | None]]:
+        async with asyncio.timeout(10):
+            while len(self.heard[channel]) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.heard[channel]
+
+
+async def test_entries_arrive_everywhere_in_the_order_of_their_numbers(make: Make) -> None:
+    async with nodes(make, 3) as started:
+        followers = [Followers(node) for node in started]
+        for each in followers[:2]:
+            await each.follow("news", "other")
+        for i in range(100):
+            for each in followers:
+                assert each.store.publish("news", b"%d" % i, size=1000, ttl=60)
+            await asyncio.sleep(0)
+        first, second = [await each.hear("news", 300) for each in followers[:2]]
+        assert first == second
+        assert [offset for offset, _ in first] == list(range(1, 301))
+        entries = await followers[2].store.read("news")
+        assert [(entry.offset, entry.payload) for entry in entries.entries] == first
+        assert {entries.epoch} == followers[0].epochs == followers[1].epochs
+        assert not followers[0].heard["other"]
+        assert not started[0].received
+
+
+async def test_a_history_keeps_what_it_is_told_to(make: Make) -> None:
+    async with nodes(make, 2) as (a, b):
+        store, other = Followers(a).store, Followers(b).store
+        empty = await store.read("x")
+        assert (empty.offset, empty.entries) == (0, [])
+        assert (await other.read("x")).epoch == empty.epoch != (await other.read("y")).epoch
+        for i in range(1, 8):
+            store.publish("x", b"%d" % i, size=5, ttl=60)
+
+        async def part(**options: Any) -> list[int]:
+            entries = await store.read("x", **options)
+            assert (entries.epoch, entries.offset) == (empty.epoch, 7)
+            assert all(entry.payload == b"%d" % entry.offset for entry in entries.entries)
+            return [entry.offset for entry in entries.entries]
+
+        assert await part() == [3, 4, 5, 6, 7]
+        assert await part(limit=0) == await part(limit=0, reverse=True) == []
+        assert await part(limit=2) == [3, 4]
+        assert await part(since=5) == [6, 7]
+        assert await part(since=1, limit=3) == [3, 4, 5]
+        assert await part(since=7) == await part(since=2**60) == []
+        assert await part(limit=2, reverse=True) == [7, 6]
+        assert await part(since=5, reverse=True) == [4, 3]
+        assert await part(since=3, reverse=True) == await part(since=0, reverse=True) == []
+        assert await part(since=2**60, limit=1, reverse=True) == [7]
+        store.publish("x", b"8", size=1, ttl=0.05)
+        await asyncio.sleep(0.2)
+        assert (await other.read("x")).offset == 8
+        assert (await other.read("x")).entries == []
+
+
+@pytest.mark.parametrize("payload", [b"", b"\0\r\n $5\r\n\xff", bytes(range(250)) * 4000], ids=["empty", "odd", "1 MB"])
+async def test_entries_are_kept_as_they_were(make: Make, payload: bytes) -> None:
+    names = ["/chat#tech", "/chat#a b", "/chat#日本 🎉", "*", "{", "}", "{a}b", "\r\n", "\0", "x", "X", "é" * 2048]
+    async with nodes(make, 2) as (a, b):
+        follower = Followers(b)
+        await follower.follow(*names)
+        for name in names:
+            Followers(a).store.publish(name, payload, size=3, ttl=60)
+            if len(payload) > 1000:
+                await a.transport.sync()
+        for name in names:
+            assert await follower.hear(name, 1) == [(1, payload)]
+            assert [entry.payload for entry in (await follower.store.read(name)).entries] == [payload]
+
+
+async def test_nothing_comes_to_who_does_not_follow_any_more_and_nothing_is_taken_after_the_stop(make: Make) -> None:
+    async with nodes(make, 2) as (a, b):
+        follower, store = Followers(b), Followers(a).store
+        await follower.follow("news", "end")
+        store.publish("news", b"1", size=3, ttl=60)
+        await follower.hear("news", 1)
+        follower.store.unfollow("news")
+        follower.store.unfollow("never followed")
+        await b.transport.sync()
+        store.publish("news", b"2", size=3, ttl=60)
+        store.publish("end", b"", size=3, ttl=60)
+        await follower.hear("end", 1)
+        assert follower.heard["news"] == [(1, b"1")]
+        await a.transport.stop()
+        assert not store.publish("news", b"3", size=3, ttl=60)
+        with pytest.raises(TransportError):
+            await store.read("news")
+        assert (await follower.store.read("news")).offset == 2

@@ -30,10 +30,11 @@ class _RemoteNamespace:
         self.link = link
         self.sockets: Mapping[str, Any] = {}
 
-    def to(self, rooms: tuple[str, ...], message: Message) -> int:
+    async def to(self, rooms: tuple[str, ...], message: Message) -> int:
         for room in rooms:
             self.link.check(room, self.path)
-        return self._publish(rooms, message)
+        self.link.announce(self.path)
+        return self._done(await self.link.publish_from_outside(self.path, rooms, message))
 
     def room_names(self, rooms: str | Iterable[str]) -> tuple[str, ...]:
         return room_names(rooms)  # the servers may have a lower limit for their length, unknown here
@@ -43,11 +44,11 @@ class _RemoteNamespace:
 
     def in_(self, message: Message) -> int:
         self.link.check("", self.path)
-        return self._publish(None, message)
-
-    def _publish(self, rooms: tuple[str, ...] | None, message: Message) -> int:
         self.link.announce(self.path)
-        if not self.link.publish(self.path, rooms, message, ()):
+        return self._done(self.link.publish(self.path, None, message, ()))
+
+    def _done(self, taken: bool) -> int:
+        if not taken:
             reason = self.link.why_not_ready or "it is too slow"
             raise TransportError(f"{self.link.transport!r} did not take the message, or not for every node: {reason}")
         return 0

@@ -17,7 +17,7 @@ from pydantic_core import to_json
 
 from ..errors import RoomNameError, TransportError, must_propagate
 from ..transports import Transport, TransportHistory
-from ..websocket.history import Numbered
+from ..websocket.history import Numbered, RoomRules
 from ..websocket.messages import Message, check_close
 from ..websocket.namespace import Namespace, NamespaceObserver
 from . import nodes
@@ -63,6 +63,8 @@ _NAME = 200  # characters of a node's name
 _CHANNEL = 4096  # bytes of a channel's name, as `Transport` promises
 # Bytes of a heartbeat that list namespaces, and those with something unaccounted for; all of it stays under 1 kB.
 _LISTED, _LISTED_UNACCOUNTED = 400, 200
+_ASK_AGAIN = 5.0  # seconds for which a node without namespaces takes other nodes' rooms to have the same options
+_PATIENT = 2.0  # seconds that it waits for an answer
 _SENT_TO = 100  # namespaces that a node without any of its own remembers to have sent to
 _KINDS = frozenset(Kind)
 
@@ -125,6 +127,7 @@ class Cluster:
         self._outgoing = Outgoing(self._mark, self._cannot_account)
         self._incoming = Incoming(self._members.is_alive)
         self._copies = 0  # messages to several rooms, numbered
+        self._asked: dict[str, tuple[RoomRules, float]] = {}  # what rooms have, and when a node has said so
         self._groups = 0  # messages to several rooms of which some have a history, numbered
         # Who has got such a message already, by its node and number: the parts of it come one by one.
         self._got: OrderedDict[tuple[bytes, int], set[str]] = OrderedDict()
@@ -296,18 +299,56 @@ class Cluster:
         group = 0
         if len(kept) + len(others) > 1:
             group = self._groups = self._groups + 1
-        taken = not self._foreign
-        for room in kept:
-            options = histories.rules.history(room)
-            header = message_header(path, (room,), excluded, message.opcode, message.is_json, message.info, group)
-            payload = pack(self.id, Kind.MESSAGE, header, message.payload)
-            if options is None or not histories.store.publish(
-                histories.channel(room), payload, size=options.history_size, ttl=options.history_ttl
-            ):
-                taken = False
+        taken = self._keep(path, histories.rules, kept, message, excluded, group)
         if others:
             self._deliver_part(namespace, (self.id, group), others, message, excluded)
             taken = self.publish(path, others, message, excluded, group) and taken
+        return taken
+
+    def _keep(
+        self,
+        path: str,
+        rules: RoomRules,
+        rooms: tuple[str, ...],
+        message: Message,
+        excluded: tuple[str, ...],
+        group: int,
+    ) -> bool:
+        store = getattr(self.transport, "history", None)
+        taken = not self._foreign and isinstance(store, TransportHistory)
+        for room in rooms:
+            options = rules.history(room)
+            header = message_header(path, (room,), excluded, message.opcode, message.is_json, message.info, group)
+            payload = pack(self.id, Kind.MESSAGE, header, message.payload)
+            if (
+                options is None
+                or not isinstance(store, TransportHistory)
+                or not store.publish(
+                    channel_of(path, room), payload, size=options.history_size, ttl=options.history_ttl
+                )
+            ):
+                taken = False
+        return taken
+
+    async def publish_from_outside(self, path: str, rooms: tuple[str, ...], message: Message) -> bool:
+        """Do the same for a node without namespaces: the nodes that have this one know which rooms have a history."""
+        rules, at = self._asked.get(path, (None, -_ASK_AGAIN))
+        if monotonic() - at >= _ASK_AGAIN:
+            rules = await self._remote.rules(path, _PATIENT)
+            if rules is not None:
+                if len(self._asked) >= _SENT_TO:
+                    self._asked.clear()
+                self._asked[path] = (rules, monotonic())
+        rooms = tuple(dict.fromkeys(rooms))
+        kept = () if rules is None else tuple(room for room in rooms if rules.history(room) is not None)
+        if rules is None or not kept:
+            return self.publish(path, rooms, message, ())
+        group = 0
+        if len(rooms) > 1:
+            group = self._groups = self._groups + 1
+        taken = self._keep(path, rules, kept, message, (), group)
+        if others := tuple(room for room in rooms if room not in kept):
+            taken = self.publish(path, others, message, (), group) and taken
         return taken
 
     def _deliver_part(

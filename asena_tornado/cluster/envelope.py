@@ -123,7 +123,7 @@ class Heartbeat(_Header):
     more_departed: bool = False  # and others, too many to list or to remember
 
 
-Operation = Literal["find", "send", "join", "leave", "disconnect", "sockets"]
+Operation = Literal["find", "send", "join", "leave", "disconnect", "sockets", "rules"]
 
 
 class Request(_Header):

@@ -84,7 +84,7 @@ class SharedHistories(Histories):
         follower = self._followers.get(room)
         return None if follower is None else follower.position
 
-    def size(self, room: str) -> tuple[int, int] | None:
+    def size(self, room: str) -> None:
         """Entries are kept elsewhere."""
         return None
 

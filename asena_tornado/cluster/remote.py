@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 from pydantic_core import from_json, to_json
 
 from ..errors import RoomLimitError, RoomNameError, TransportError
+from ..websocket.history import RoomRules
 from ..websocket.messages import check_close
 from .envelope import EnvelopeError, Operation, Reply, Request, message_of
 from .nodes import Count
@@ -126,6 +127,17 @@ class Remote:
         except ValueError:
             return []
         return found if isinstance(found, list) else []
+
+    async def rules(self, path: str, timeout: float) -> RoomRules | None:
+        """Which options the rooms of a namespace have, as one of the nodes knows that has it; None if nobody has it."""
+        question = await self._ask("rules", path=path, first=True, timeout=timeout)
+        for reply, body in question.replies.values():
+            if reply.done:
+                try:
+                    return RoomRules.load(from_json(body))
+                except (TypeError, ValueError):
+                    continue
+        return None
 
     async def locate(self, path: str | None, socket_id: str, timeout: float) -> bytes | None:
         """The node that holds the socket; None when every node has said that it does not.
@@ -262,6 +274,11 @@ class Remote:
         elif request.operation == "sockets":
             total, listed, payload = self._described(request.path, request.limit)
             reply = Reply(id=request.id, done=True, total=total, listed=listed)
+        elif request.operation == "rules":
+            scope = self._scope(request.path)
+            reply = Reply(id=request.id, done=bool(scope))
+            if scope:
+                payload = to_json(scope[0].rules.dump() if scope[0].rules is not None else [])
         else:
             try:
                 reply = self._do(request, body)

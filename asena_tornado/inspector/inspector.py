@@ -19,6 +19,7 @@ from .snapshots import (
     Events,
     Namespaces,
     NamespaceSnapshot,
+    RoomHistory,
     Rooms,
     Sockets,
     SocketSnapshot,
@@ -74,18 +75,24 @@ class Inspector:
 
     @property
     def rooms(self) -> Rooms:
-        """The rooms by their names, each with the `Sockets` in it. Has ``.to_pandas()``."""
+        """The rooms by their names, each with the `Sockets` in it. Has ``.to_pandas()``.
+
+        ``.histories`` has a `RoomHistory` for each that has a history.
+        """
         return self._subject.ask(self._rooms)
 
     def _rooms(self) -> Rooms:
         found = []
+        kept: dict[tuple[str, str], RoomHistory] = {}
         for namespace in self._subject.scope():
             seen: dict[Socket[Any], SocketSnapshot] = {}
             for room, members in namespace.rooms.items():
                 found.append(
                     (namespace.path, room, [seen.get(s) or seen.setdefault(s, SocketSnapshot.of(s)) for s in members])
                 )
-        return Rooms(found)
+                if (history := RoomHistory.of(namespace, room)) is not None:
+                    kept[namespace.path, room] = history
+        return Rooms(found, histories=kept)
 
     @property
     def errors(self) -> list[HandlerError]:

@@ -155,14 +155,50 @@ class Sockets(Mapping[str, SocketSnapshot]):
         return markup.box(f"<p>{markup.text(title)}</p>", table_of(first, len(self)))
 
 
+@dataclass(frozen=True, slots=True)
+class RoomHistory:
+    """What a room with a history remembered.
+
+    Attributes:
+        entries: How many messages; None where they are not in the memory of this server.
+        offset: Of the last message that was sent to the room, as its members here know it; None where they do not yet.
+        epoch: Of the offset.
+    """
+
+    entries: int | None
+    offset: int | None
+    epoch: str | None
+
+    @classmethod
+    def of(cls, namespace: Namespace, room: str) -> RoomHistory | None:
+        """What it is like now; None for a room without a history."""
+        histories = namespace.histories
+        if histories is None or not histories.remembers(room):
+            return None
+        position = histories.position(room)
+        if position is None:
+            return cls(histories.size(room), None, None)
+        return cls(histories.size(room), position.offset, position.epoch)
+
+    def __str__(self) -> str:
+        entries = "" if self.entries is None else f"{count(self.entries, 'message')} kept, "
+        return entries + ("offset not known yet" if self.offset is None else f"offset {self.offset:,}")
+
+
 class Rooms(Mapping[str, Sockets]):
-    """Room to the `Sockets` in it.
+    """Room to the `Sockets` in it. ``histories``: a `RoomHistory` for those that have one, by the same names.
 
     Where rooms of several namespaces have one name, they are listed as ``"/path room"``, and asking for the bare
     name raises `NamespaceNotFoundError`. ``incomplete``: why some sockets or rooms are not listed; empty when all are.
     """
 
-    def __init__(self, rooms: Iterable[tuple[str, str, list[SocketSnapshot]]], incomplete: str = "") -> None:
+    def __init__(
+        self,
+        rooms: Iterable[tuple[str, str, list[SocketSnapshot]]],
+        incomplete: str = "",
+        *,
+        histories: Mapping[tuple[str, str], RoomHistory] | None = None,
+    ) -> None:
         found = list(rooms)
         self.incomplete = incomplete
         self._namespaces: dict[str, list[str]] = {}
@@ -175,6 +211,10 @@ class Rooms(Mapping[str, Sockets]):
                 Sockets(members, f"{room!r}"),
             )
             for path, room, members in found
+        }
+        kept = histories or {}
+        self.histories = {
+            name: kept[path, room] for name, (path, room, _) in self._rooms.items() if (path, room) in kept
         }
 
     def __getitem__(self, room: str) -> Sockets:
@@ -203,7 +243,11 @@ class Rooms(Mapping[str, Sockets]):
         return _frame(rows, ["namespace", "room", "socket"])
 
     def __repr__(self) -> str:
-        first = [f"  {room!r}: {count(len(self._rooms[room][2]), 'socket')}" for room in list(self)[:_SHOWN]]
+        first = [
+            f"  {room!r}: {count(len(self._rooms[room][2]), 'socket')}"
+            + (f"; {self.histories[room]}" if room in self.histories else "")
+            for room in list(self)[:_SHOWN]
+        ]
         return "\n".join([f"<{self._title}>", *first, *_more(len(self))])
 
     @property
@@ -211,15 +255,19 @@ class Rooms(Mapping[str, Sockets]):
         return f"{count(len(self), 'room')}{_but(self.incomplete)}"
 
     def _repr_html_(self) -> str:
-        first = list(self._rooms.values())[:_SHOWN]
+        first = list(self._rooms.items())[:_SHOWN]
         rows = [
-            (path, room, str(len(members)), ", ".join(id[:8] for id in list(members)[:5]) + _and(len(members) - 5))
-            for path, room, members in first
+            (
+                path,
+                room,
+                str(len(members)),
+                ", ".join(id[:8] for id in list(members)[:5]) + _and(len(members) - 5),
+                *([str(self.histories.get(name, ""))] if self.histories else []),
+            )
+            for name, (path, room, members) in first
         ]
-        return markup.box(
-            f"<p>{markup.text(self._title)}</p>",
-            markup.table(("namespace", "room", "sockets", ""), rows, more=len(self) - len(first)),
-        )
+        heads = ("namespace", "room", "sockets", "", *(["history"] if self.histories else []))
+        return markup.box(f"<p>{markup.text(self._title)}</p>", markup.table(heads, rows, more=len(self) - len(first)))
 
 
 @dataclass(frozen=True, slots=True)

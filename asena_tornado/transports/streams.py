@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TransportError
 from ..websocket.history import new_epoch
 from .contract import Entries, Entry, EntryReceiver
 
 if TYPE_CHECKING:
-    from redis.asyncio.connection import AbstractConnection
-
-    from .redis import RedisTransport
+    from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
 _REMEMBERED = 30 * 86400  # seconds for which a channel's epoch and offset outlive its last entry
 _READERS = 4  # connections
@@ -134,6 +132,22 @@ return {epoch, meta[2] or '0', found}
 )
 
 
+class Carrier(Protocol):
+    """The `RedisTransport`, as far as its histories are concerned."""
+
+    timeout: float
+    _start: bytes
+    _pool: ConnectionPool
+
+    def _queue(self, name: bytes, command: bytes, size: int) -> bool: ...
+
+    def _want(self, name: bytes) -> None: ...
+
+    def _unwant(self, name: bytes) -> None: ...
+
+    async def _flushed(self) -> None: ...
+
+
 class Scripted(bytes):
     """A finished command that runs the script for publishing, by its digest."""
 
@@ -149,7 +163,7 @@ class RedisHistory:
     entry has expired is forgotten, with its epoch and offset.
     """
 
-    def __init__(self, transport: RedisTransport) -> None:
+    def __init__(self, transport: Carrier) -> None:
         self.followed: dict[bytes, EntryReceiver] = {}
         self.load_due = False  # the publisher's connection has to load the script first
         self.used = False

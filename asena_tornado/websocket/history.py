@@ -77,6 +77,15 @@ class RoomRules:
         self._found: dict[str, RoomOptions | None] = {}
         self.remember = any(options.history_size for options in rooms.values())
 
+    def dump(self) -> list[tuple[str, dict[str, Any]]]:
+        """The rules as plain data, for `load`."""
+        return [(name, options.model_dump(exclude_unset=True)) for name, options in self._rules]
+
+    @classmethod
+    def load(cls, dumped: Any) -> Self:
+        """What another process has dumped. Raises ``ValueError`` and ``TypeError`` for anything else."""
+        return cls({str(name): RoomOptions(**options) for name, options in dumped})
+
     def history(self, room: str) -> RoomOptions | None:
         """The options of a room with a history; None if it has none."""
         try:
@@ -371,13 +380,13 @@ class MemoryHistory:
         """Those of all rooms that are remembered."""
         return list(self._records)
 
-    def size(self, key: Hashable) -> tuple[int, int] | None:
-        """How many entries there are, and the offset of the last; None for a room that is not remembered."""
+    def size(self, key: Hashable) -> int:
+        """How many entries there are."""
         record = self._records.get(key)
         if record is None:
-            return None
+            return 0
         self._expire(record, self._clock())
-        return len(record.entries), record.offset
+        return len(record.entries)
 
     @property
     def expiring(self) -> bool:
@@ -524,8 +533,8 @@ class Histories(ABC):
         """Return when the position of each is known; or after a while."""
 
     @abstractmethod
-    def size(self, room: str) -> tuple[int, int] | None:
-        """How many entries are kept in the memory of this process, and the offset of the last; None: not known."""
+    def size(self, room: str) -> int | None:
+        """How many entries are kept in the memory of this process; None where they are kept elsewhere."""
 
     @abstractmethod
     def close(self) -> None:
@@ -645,7 +654,7 @@ class OwnHistories(Histories):
     async def settle(self, rooms: Iterable[str]) -> None:
         """All are known."""
 
-    def size(self, room: str) -> tuple[int, int] | None:
+    def size(self, room: str) -> int:
         """As it is."""
         return self._memory.size((self._path, room))
 
