@@ -75,7 +75,7 @@ class Live {
     this._timer = setTimeout(work, Math.min(max, delay));
   }
 
-  // The result of asking. What is refused for now is asked again; else this is the end.
+  // The result of asking. What fails for now is done again; else this is the end.
   async _try(type, ask, again, end) {
     const turn = this._turn;
     const current = () => turn === this._turn;
@@ -85,7 +85,8 @@ class Live {
     } catch (error) {
       if (!current()) return;
       const { code = 5, message, temporary } = error;
-      if (code > 99 && code !== 109 && !temporary) return end(code, message);
+      // An expired token (109) may be replaced, where there are several.
+      if (code > 99 && !temporary && (code !== 109 || this.channel)) return end(code, message);
       this._emit("error", { type, error: { code, message } });
       if (current()) again(code, message);
     }
