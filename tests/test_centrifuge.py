@@ -1452,7 +1452,9 @@ async def test_live_client(monkeypatch: pytest.MonkeyPatch) -> None:
         await through_everything(client, server)
     monkeypatch.setattr(centrifuge, "_GRACE", 1.0)
     async with AsenaServer(Guard, port=0) as server:
-        await through_an_expiring_subscription(Driven(), server)
+        client = Driven()
+        await through_an_expiring_subscription(client, server)
+        await client.do("disconnect")
 
 
 @pytest.mark.js

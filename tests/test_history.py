@@ -704,7 +704,9 @@ async def through_losses(client: Client, server: AsenaServer, *, asks_for_histor
 
 async def test_live_client() -> None:
     async with running() as server:
-        await through_losses(Driven(), server)
+        client = Driven()
+        await through_losses(client, server)
+        await client.do("disconnect")
 
 
 @pytest.mark.js
