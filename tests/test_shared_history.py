@@ -594,6 +594,26 @@ async def test_while_redis_is_away_rooms_with_a_history_say_so_and_a_new_one_has
             redis_server.start()
 
 
+@pytest.mark.redis
+async def test_a_redis_that_is_full_says_so_and_goes_on_when_it_has_room(
+    redis_server: RedisServer, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asena_tornado.transports.redis._DENIED_FOR", 0.2)
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix)) as (a, b), raw(b) as client:
+        await client.connect()
+        await subscribe(client, "news")
+        service(a).to("news", "before")
+        assert await client.hear() == pub("news", "before", 1)
+        try:
+            assert redis_server.ask("CONFIG SET maxmemory 1") == b"+OK"
+            await until(lambda: not service(a).to("news", "unheard").carried)  # type: ignore[attr-defined]
+            assert data_of(await service(b).history("news")) == ["before"]
+        finally:
+            redis_server.ask("CONFIG SET maxmemory 0")
+        await until(lambda: service(a).to("news", "after").carried)  # type: ignore[attr-defined]
+        assert await client.hear() == pub("news", "after", 2)
+
+
 # -- at random, against a model
 
 

@@ -96,6 +96,8 @@ class Cluster:
         serves: bool = True,
     ) -> None:
         self.transport = transport
+        store = getattr(transport, "history", None)
+        self._store = store if isinstance(store, TransportHistory) else None
         self.on_gap = on_gap
         self.missed = 0  # messages of other nodes known to be lost
         self.late = 0  # messages that came twice, or after later ones, and were dropped
@@ -210,12 +212,11 @@ class Cluster:
 
     def _share_histories(self, namespace: Namespace) -> None:
         old, rules = namespace.histories, namespace.rules
-        store = getattr(self.transport, "history", None)
-        if rules is None or not rules.remember or not isinstance(store, TransportHistory):
+        if rules is None or not rules.remember or self._store is None:
             namespace.remember(None)
             return
         if not isinstance(old, SharedHistories) or old.host is not self:
-            namespace.remember(histories := SharedHistories(namespace, rules, self, store))
+            namespace.remember(histories := SharedHistories(namespace, rules, self, self._store))
         else:
             histories = old
         histories.obey(rules)
@@ -314,15 +315,14 @@ class Cluster:
         excluded: tuple[str, ...],
         group: int,
     ) -> bool:
-        store = getattr(self.transport, "history", None)
-        taken = not self._foreign and isinstance(store, TransportHistory)
+        store, taken = self._store, not self._foreign
         for room in rooms:
             options = rules.history(room)
             header = message_header(path, (room,), excluded, message.opcode, message.is_json, message.info, group)
             payload = pack(self.id, Kind.MESSAGE, header, message.payload)
             if (
                 options is None
-                or not isinstance(store, TransportHistory)
+                or store is None
                 or not store.publish(
                     channel_of(path, room), payload, size=options.history_size, ttl=options.history_ttl
                 )

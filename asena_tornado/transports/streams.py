@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import TransportError
@@ -152,7 +153,12 @@ class Scripted(bytes):
     """A finished command that runs the script for publishing, by its digest."""
 
     channel: bytes
-    whole: bytes  # the same with the script itself, for a server that does not know the digest
+    parts: tuple[bytes, ...]
+
+    @property
+    def whole(self) -> bytes:
+        """The same with the script itself, for a server that does not know the digest."""
+        return _command(b"EVAL", _PUBLISH.encode(), *self.parts)
 
 
 class RedisHistory:
@@ -170,6 +176,7 @@ class RedisHistory:
         self._transport = transport
         self._publish_digest = hashlib.sha1(_PUBLISH.encode(), usedforsecurity=False).hexdigest().encode()
         self._read_digest = hashlib.sha1(_READ.encode(), usedforsecurity=False).hexdigest().encode()
+        self._epochs = map(f"{new_epoch()}.{{}}".format, count())
         self._idle: list[AbstractConnection] = []
         self._gate = asyncio.Semaphore(_READERS)
 
@@ -202,12 +209,12 @@ class RedisHistory:
             payload,
             b"%d" % size,
             b"%d" % max(1, round(ttl * 1000)),
-            new_epoch().encode(),
+            self._new_epoch(),
             b"%d" % round((ttl + _REMEMBERED) * 1000),
         )
         command = Scripted(_command(b"EVALSHA", self._publish_digest, *parts))
         command.channel = name
-        command.whole = _command(b"EVAL", _PUBLISH.encode(), *parts)
+        command.parts = parts
         return self._transport._queue(name, command, len(payload))
 
     def follow(self, channel: str, receiver: EntryReceiver) -> None:
@@ -242,7 +249,7 @@ class RedisHistory:
             b"" if since is None else b"%d" % min(since, 2**53),
             b"-1" if limit is None else b"%d" % min(limit, 2**53),
             b"1" if reverse else b"0",
-            new_epoch().encode(),
+            self._new_epoch(),
             b"%d" % (_REMEMBERED * 1000),
         )
         epoch, offset, found = await self._ask(parts)
@@ -256,6 +263,10 @@ class RedisHistory:
         """Lose what there is of a channel."""
         stream, meta, _ = self._names(channel)
         await self._run(_command(b"DEL", stream, meta))
+
+    def _new_epoch(self) -> bytes:
+        """One that no history has had: each call may be the one that begins another after a loss."""
+        return next(self._epochs).encode()
 
     def _names(self, channel: str) -> tuple[bytes, bytes, bytes]:
         tag = b"{" + self._transport._start + channel.encode() + b"}"
@@ -275,7 +286,7 @@ class RedisHistory:
 
         transport = self._transport
         try:
-            async with asyncio.timeout(transport.timeout), self._gate:
+            async with self._gate, asyncio.timeout(transport.timeout):
                 while True:
                     known = bool(self._idle)
                     connection = self._idle.pop() if known else transport._pool.make_connection()  # type: ignore[no-untyped-call]
