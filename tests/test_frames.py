@@ -35,8 +35,11 @@ def deflated(payload: bytes, *, window: int = 15) -> bytes:
 class Events(list[Any]):
     """Notes what the parser reports."""
 
-    def message_received(self, data: str | bytes) -> None:
-        self.append(data)
+    room = (1000, 10**6)
+
+    def messages_received(self, messages: list[str | bytes], size: int) -> None:
+        assert size == sum(map(len, messages))
+        self.extend(messages)
 
     def ping_received(self, payload: bytes) -> None:
         self.append(("ping", payload))
