@@ -19,7 +19,11 @@ from .server import AsenaServer
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says; exits with 2 for a command that cannot work, with 1 when the server cannot."""
-    parser = argparse.ArgumentParser(prog="python -m asena_tornado", description="Live WebSocket rooms.")
+    parser = argparse.ArgumentParser(
+        prog="python -m asena_tornado",
+        description="Live WebSocket rooms.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the version in one line
+    )
     parser.add_argument("--version", action="version", version=f"asena_tornado {__version__} (engine: {description})")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a small chat with a page to talk in, and the inspector beside it")

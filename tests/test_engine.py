@@ -79,6 +79,7 @@ TEXTS = [b"", b"a", b"{}", b"hello there", "grüße, 世界 🙂".encode(), b"x"
 LONG = [b"v" * 4096, "ß".encode() * 2049]
 NOT_UTF8 = [b"\xff", "€".encode()[:2], "\ud800".encode("utf-8", "surrogatepass")]
 CLOSES = [b"\x03\xe8bye", b"\x03\xe8", b"\x03\xef", b"\x03"]
+WHOLE = [frame(opcode, payload) for opcode in (1, 1, 2) for payload in TEXTS * 3 + LONG]
 PIECES = [
     *[frame(opcode, payload) for opcode in (1, 2) for payload in TEXTS + LONG + NOT_UTF8] * 3,
     *[frame(opcode, payload, fin=fin) for opcode in (0, 1, 2) for payload in TEXTS[:5] + NOT_UTF8 for fin in (0, 1)],
@@ -91,7 +92,7 @@ PIECES = [
 
 
 def mutated_stream(rng: random.Random) -> bytes:
-    stream = bytearray(b"".join(rng.choices(PIECES, k=rng.choice((1, 2, 3, 5)))))
+    stream = bytearray(b"".join(rng.choices(rng.choice((WHOLE, WHOLE, PIECES)), k=rng.choice((1, 2, 3, 5)))))
     for _ in range(rng.choice((0, 0, 1, 1, 2, 4))):
         at = rng.randrange(len(stream)) if rng.random() < 0.5 else rng.randrange(min(len(stream), 12))
         match rng.randrange(5):

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from asena_tornado.connection.deflate import Deflate, DeflateParameters
 from asena_tornado.connection.frames import FrameParser, ProtocolError, _mask_in_python, unmask
 
+pytestmark = pytest.mark.engine
+
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 MASK = b"\x1d\x00\xf3\x5a"
 LIMIT = 100_000

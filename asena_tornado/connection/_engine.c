@@ -320,7 +320,10 @@ send_all(PyObject *module, PyObject *const *args, Py_ssize_t count)
             return PyErr_Format(PyExc_TypeError, "number %zd of the list is not a Sender", i);
         }
     }
-    Rest *rests = NULL;
+    Rest *rests = PyMem_Malloc((size_t)length * sizeof(Rest)); /* it may be that nobody takes everything */
+    if (rests == NULL) {
+        return PyErr_NoMemory();
+    }
     Py_ssize_t found = 0;
     /* No Python code runs in this loop, which could change the list, or close a socket whose turn has yet to come. */
     for (Py_ssize_t i = 0; i < length; i++) {
@@ -328,11 +331,7 @@ send_all(PyObject *module, PyObject *const *args, Py_ssize_t count)
         if (sent == size) {
             continue;
         }
-        const int error = sent < 0 ? errno : 0;
-        if (rests == NULL && (rests = PyMem_Malloc((size_t)length * sizeof(Rest))) == NULL) {
-            return PyErr_NoMemory();
-        }
-        rests[found++] = (Rest){i, sent < 0 ? 0 : (Py_ssize_t)sent, error};
+        rests[found++] = (Rest){i, sent < 0 ? 0 : (Py_ssize_t)sent, sent < 0 ? errno : 0};
     }
     PyObject *list = as_list(rests, found);
     PyMem_Free(rests);
