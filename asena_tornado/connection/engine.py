@@ -1,7 +1,8 @@
 """Which engine this is: the compiled part is used where it is installed, and Python does the same where it is not.
 
 `_engine.c` has what costs most per message: cutting whole messages out of what a client sent, receiving, and sending
-the same bytes to a room. It is optional: installing goes on without a compiler.
+the same bytes to a room. It is optional: installing goes on without a compiler, and the environment variable
+`ASENA_TORNADO_PURE`, set to 1, switches it off, both while installing and later.
 """
 
 from __future__ import annotations

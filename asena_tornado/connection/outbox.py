@@ -280,7 +280,7 @@ class Outbox:
             # What `Connection.write` does, without the calls: this is where a broadcast spends its time.
             connection.messages_out += count
             connection.bytes_out += size
-            if type(send) is _Sender:
+            if _Sender is not None and type(send) is _Sender:
                 if data is not common or len(senders) >= at_once:
                     _send_all(senders, channels, common)
                     common = data
