@@ -1,4 +1,4 @@
-"""``python -m asena_tornado demo`` and ``python -m asena_tornado serve module:server``."""
+"""``python -m asena_tornado demo``, ``python -m asena_tornado serve module:server`` and ``--version``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from . import __version__
+from .connection.engine import description
 from .demo import demo_server
 from .errors import AsenaError
 from .server import AsenaServer
@@ -17,7 +19,12 @@ from .server import AsenaServer
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says; exits with 2 for a command that cannot work, with 1 when the server cannot."""
-    parser = argparse.ArgumentParser(prog="python -m asena_tornado", description="Live WebSocket rooms.")
+    parser = argparse.ArgumentParser(
+        prog="python -m asena_tornado",
+        description="Live WebSocket rooms.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the version in one line
+    )
+    parser.add_argument("--version", action="version", version=f"asena_tornado {__version__} (engine: {description})")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a small chat with a page to talk in, and the inspector beside it")
     demo.add_argument("--port", type=int, default=3000, help="the port, by default 3000; 0 picks a free one")

@@ -46,6 +46,8 @@ from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_live_client import Driven
 
+pytestmark = pytest.mark.engine
+
 __all__ = ["packages"]  # a fixture
 
 

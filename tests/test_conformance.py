@@ -6,6 +6,8 @@ import pytest
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, WebSocketOptions
 
+pytestmark = pytest.mark.engine
+
 kosoku = pytest.importorskip("kosoku")
 
 # Compression of a thousand messages per case, in many sizes: minutes, and this runner cannot run all of them.

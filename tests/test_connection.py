@@ -21,6 +21,8 @@ from asena_tornado.connection import Ledger
 from asena_tornado.connection.keepalive import Keepalive
 from asena_tornado.websocket.sockets import ReadyState
 
+pytestmark = pytest.mark.engine
+
 
 class Recorder(AsenaWebSocketService):
     """Echoes, and puts what happens into ``log``. A message "wait" keeps the handler until ``go`` is set."""

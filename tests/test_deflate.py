@@ -16,6 +16,8 @@ from asena_tornado.connection.deflate import Deflate, DeflateParameters, negotia
 from asena_tornado.connection.frames import ProtocolError
 from asena_tornado.websocket.messages import BINARY, TEXT, Message
 
+pytestmark = pytest.mark.engine
+
 TAIL = b"\x00\x00\xff\xff"
 LIMIT = 1_000_000
 

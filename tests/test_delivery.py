@@ -30,6 +30,8 @@ from tornado.web import Application
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, Socket, SocketClosedError, WebSocket, WebSocketOptions
 
+pytestmark = pytest.mark.engine
+
 ROOMS = ("one", "two", "three")
 FOREVER = 1 << 60
 NOBODY: frozenset[str] = frozenset()

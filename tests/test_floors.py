@@ -31,8 +31,8 @@ FLOORS = (
     "takeover",
     "server",
     "demo",
-    "__main__",
     "__init__",  # what users import: all of it
+    "__main__",
 )
 
 

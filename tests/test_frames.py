@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from asena_tornado.connection.deflate import Deflate, DeflateParameters
 from asena_tornado.connection.frames import FrameParser, ProtocolError, _mask_in_python, unmask
 
+pytestmark = pytest.mark.engine
+
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 MASK = b"\x1d\x00\xf3\x5a"
 LIMIT = 100_000
@@ -35,8 +37,11 @@ def deflated(payload: bytes, *, window: int = 15) -> bytes:
 class Events(list[Any]):
     """Notes what the parser reports."""
 
-    def message_received(self, data: str | bytes) -> None:
-        self.append(data)
+    room = (1000, 10**6)
+
+    def messages_received(self, messages: list[str | bytes], size: int) -> None:
+        assert size == sum(map(len, messages))
+        self.extend(messages)
 
     def ping_received(self, payload: bytes) -> None:
         self.append(("ping", payload))

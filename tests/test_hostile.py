@@ -19,6 +19,8 @@ import pytest
 from asena_tornado import AsenaServer, AsenaWebSocketService, WebSocket, WebSocketOptions
 from asena_tornado.connection.deflate import Deflate
 
+pytestmark = pytest.mark.engine
+
 LIMIT = 256 * 1024
 DEFLATE = {"Sec-WebSocket-Extensions": "permessage-deflate"}
 

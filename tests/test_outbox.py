@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from asena_tornado import AsenaServer, AsenaWebSocketService, SocketClosedError, WebSocket, WebSocketOptions
 
+pytestmark = pytest.mark.engine
+
 OPTIONS = WebSocketOptions(
     compression=True,
     compression_context_takeover=True,

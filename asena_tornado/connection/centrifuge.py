@@ -348,12 +348,13 @@ class Session(Dispatch):
         super().start()
         self._timer_of_stale = self._loop.call_later(self._options.handshake_timeout, self._client.close, 3502, "stale")
 
-    def message_received(self, data: str | bytes) -> None:
-        """A frame. A pong does not wait for the handler."""
-        if data == "{}" and self._client.pings and self._client.state is ReadyState.OPEN:
-            self._client.pong()
-        else:
-            super().message_received(data)
+    def messages_received(self, messages: list[str | bytes], size: int) -> None:
+        """Frames. A pong does not wait for the handler."""
+        for data in messages:
+            if data == "{}" and self._client.pings and self._client.state is ReadyState.OPEN:
+                self._client.pong()
+            else:
+                super().messages_received([data], len(data))
 
     def _show(self, data: str | bytes) -> None:
         # Neither what a client connects with nor tokens: events are kept, and shown in notebooks.

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 from tornado.iostream import IOStream, StreamClosedError
 
+from . import engine
 from .ledger import Ledger
 from .reader import Reader
 
@@ -137,7 +138,8 @@ class SocketChannel:
         self._reader = reader
         self._sock = sock
         self._fd = sock.fileno()
-        self.send: Callable[[bytes], int] | None = sock.send
+        self.send: Callable[[bytes], int] | None = None
+        self._start_sending()
         self._owner: ChannelOwner | None = None
         self._backlog: deque[memoryview | bytes] | None = None
         self._reading = False
@@ -165,6 +167,12 @@ class SocketChannel:
         else:
             self._lost(None)
 
+    def _start_sending(self) -> None:
+        self.send = self._sock.send
+
+    def _stop_sending(self) -> None:
+        self.send = None
+
     def write(self, data: bytes) -> None:
         """Send now what the system takes, and the rest when it takes more."""
         if self.send is None:
@@ -185,14 +193,14 @@ class SocketChannel:
         """``send`` took only ``size`` bytes, or raised: keep the rest."""
         if error is not None and not isinstance(error, self.AGAIN):
             # The caller may be in the middle of a room: let it finish before the owner hears of it.
-            self.send = None
+            self._stop_sending()
             self._loop.call_soon(self._lost, error)
             return
         # A view, not a copy: thousands of slow members may wait for the same bytes.
         self._backlog = deque((memoryview(data)[size:],))
         self._ledger.owe(data)
         self.waiting = len(data) - size
-        self.send = None
+        self._stop_sending()
         if error is None:
             self._loop.add_writer(self._fd, self._writable)
         else:
@@ -227,7 +235,7 @@ class SocketChannel:
             self._ledger.settle(_whole(first))
         if not backlog:
             self._backlog = None
-            self.send = self._sock.send
+            self._start_sending()
             self._loop.remove_writer(self._fd)
             if self._ending == "close":
                 self._close()
@@ -306,12 +314,47 @@ class SocketChannel:
                 self._ledger.settle(_whole(data))
             self._backlog = None
         self.waiting = 0
-        self.send = None
+        self._stop_sending()
         self._fd = -1
         self._sock.close()
         owner, self._owner = self._owner, None
         if owner is not None:
             owner.channel_lost(error)
+
+
+class CompiledChannel(SocketChannel):
+    """The same, where `engine` is compiled: the system calls of its own hold the interpreter lock."""
+
+    __slots__ = ()
+
+    def _readable(self) -> None:
+        try:
+            data = engine.compiled.receive(self._fd)  # type: ignore[union-attr]  # it is there, see `plain_channel`
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        if data:
+            self._owner.data_received(data)  # type: ignore[union-attr]  # started, so it is there
+        else:
+            self._lost(None)
+
+    def _start_sending(self) -> None:
+        self.send = engine.compiled.Sender(self._fd)  # type: ignore[union-attr]  # likewise
+
+    def _stop_sending(self) -> None:
+        # Somebody may have it in hand.
+        if self.send is not None:
+            self.send.stop()  # type: ignore[attr-defined]  # a `Sender`
+            self.send = None
+
+
+def plain_channel(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, ledger: Ledger, reader: Reader
+) -> SocketChannel:
+    """The channel for a socket without TLS, by the engine that there is."""
+    return (SocketChannel if engine.compiled is None else CompiledChannel)(loop, sock, ledger, reader)
 
 
 class TlsChannel(SocketChannel):

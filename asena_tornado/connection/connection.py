@@ -23,6 +23,8 @@ from .outbox import Outbox
 
 log = logging.getLogger("asena_tornado")
 
+_OPEN = ReadyState.OPEN  # for each message: before Python 3.12 it takes long to find in its enumeration
+
 _NOTHING_OWED: list[int] = []  # one for all, as most connections are idle; never appended to
 
 # Joining what one client is owed saves system calls, until the copy costs more than they do.
@@ -226,7 +228,7 @@ class Connection:
 
     def send(self, message: Message) -> bool:
         """Queue the message for the client; False if it was not taken."""
-        if self.state is not ReadyState.OPEN:
+        if self.state is not _OPEN:
             return False
         data = self._coded(message) if self.coded else message.frame
         waiting = self.channel.waiting

@@ -25,6 +25,8 @@ from .keepalive import Keepalive
 
 log = logging.getLogger("asena_tornado")
 
+_OPEN = ReadyState.OPEN  # for each message: before Python 3.12 it takes long to find in its enumeration
+
 
 class Source(Protocol):
     """A connection, as the dispatch sees it."""
@@ -104,6 +106,8 @@ class Dispatch:
         "_inbox",
         "_keepalive",
         "_loop",
+        "_most",
+        "_most_size",
         "_namespace",
         "_options",
         "_source",
@@ -134,6 +138,7 @@ class Dispatch:
         self._keepalive = keepalive
         self._inbox: deque[str | bytes] = deque()
         self.size = 0  # of what is in the inbox; bytes, or characters of text
+        self._most, self._most_size = options.max_queued_messages, options.max_queued_bytes
         self._full = False
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None  # while the task waits for a message
@@ -154,20 +159,26 @@ class Dispatch:
 
     # -- what arrives
 
-    def message_received(self, data: str | bytes) -> None:
-        """A whole message, from the parser."""
+    @property
+    def room(self) -> tuple[int, int]:
+        """How many more messages, and of how many bytes, until reading pauses; at least 1 of either."""
+        count, size = self._most - len(self._inbox), self._most_size - self.size
+        return count if count > 0 else 1, size if size > 0 else 1
+
+    def messages_received(self, messages: list[str | bytes], size: int) -> None:
+        """Whole messages, from the parser, of ``size`` in all: no more than there is `room` for."""
         source = self._source
-        if source.state is not ReadyState.OPEN:
+        if source.state is not _OPEN:
             return
-        self.messages_in += 1
+        self.messages_in += len(messages)
         if self._namespace.events.watched:
-            self._show(data)
+            for data in messages:
+                self._show(data)
         self.message_at = self._keepalive.now
         inbox = self._inbox
-        inbox.append(data)
-        self.size += len(data)
-        options = self._options
-        if len(inbox) >= options.max_queued_messages or self.size >= options.max_queued_bytes:
+        inbox.extend(messages)
+        self.size += size
+        if len(inbox) >= self._most or self.size >= self._most_size:
             if source.peer_is_gone:
                 # The last bytes of a client that has gone; there will be no time to handle them all.
                 self.size -= len(inbox.pop())

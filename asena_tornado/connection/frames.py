@@ -8,6 +8,9 @@ from collections.abc import Callable, Generator
 from typing import Protocol
 
 from ..websocket.messages import BINARY, TEXT, valid_close_code
+from . import engine
+
+_WHOLE_TEXT, _WHOLE_BINARY = 0x81, 0x82  # the first bytes of frames that are final, without reserved bits
 
 CONTINUATION = 0x0
 CLOSE = 0x8
@@ -33,6 +36,51 @@ except ImportError:
     unmask = _mask_in_python
 
 
+def whole_messages_in_python(
+    data: bytes, pos: int, max_size: int, most: int, most_size: int
+) -> tuple[list[str | bytes], int, int]:
+    """Cut the whole messages off that begin at ``pos``, each an uncompressed frame of less than 64 KiB.
+
+    It ends before anything else: what is unusual, incomplete or wrong is left to `FrameParser`. It also ends once it
+    has ``most`` messages, or of their bytes (or characters of text) at least ``most_size``.
+
+    Returns (messages, their size, where they end).
+    """
+    messages: list[str | bytes] = []
+    size = 0
+    end = len(data)
+    while most > 0 and size < most_size and end - pos >= 6:
+        first = data[pos]
+        length = data[pos + 1] - 0x80
+        if not _WHOLE_TEXT <= first <= _WHOLE_BINARY or length < 0 or length == 127:
+            break
+        body = pos + 6
+        if length == 126:
+            length = (data[pos + 2] << 8) | data[pos + 3]
+            if length < 126:
+                break
+            body = pos + 8
+        stop = body + length
+        if length > max_size or stop > end:
+            break
+        message: str | bytes = unmask(data[body - 4 : body], data[body:stop])
+        if first == _WHOLE_TEXT:
+            try:
+                message = message.decode()  # type: ignore[union-attr]  # bytes, so far
+            except UnicodeDecodeError:
+                break
+        messages.append(message)
+        size += len(message)
+        most -= 1
+        pos = stop
+    return messages, size, pos
+
+
+whole_messages = whole_messages_in_python if engine.compiled is None else engine.compiled.whole_messages
+# For a single message, Python is quicker without it: the first one of a chunk is looked at by itself.
+_SINGLY = 1 if engine.compiled is None else 0
+
+
 class ProtocolError(Exception):
     """The client broke the protocol; ``code`` goes into the close frame."""
 
@@ -56,8 +104,13 @@ class Inflater(Protocol):
 class Messages(Protocol):
     """Takes the messages."""
 
-    def message_received(self, data: str | bytes) -> None:
-        """Take a whole message: text as ``str``, binary as bytes. Must not raise."""
+    @property
+    def room(self) -> tuple[int, int]:
+        """How many messages to give at once, and of how many bytes, at least 1 of either."""
+        ...
+
+    def messages_received(self, messages: list[str | bytes], size: int) -> None:
+        """Take whole messages: text as ``str``, binary as bytes; ``size`` in all. Must not raise."""
         ...
 
 
@@ -80,7 +133,7 @@ class Controls(Protocol):
 class FrameParser:
     """Cuts a client's byte stream into messages.
 
-    Feed it chunks of any size. Whole frames are parsed where they lie; a data frame that arrives in pieces is
+    Feed it chunks of any size. Whole messages are cut off by `whole_messages`; a data frame that arrives in pieces is
     unmasked and checked piece by piece, so broken UTF-8 fails as early as it is known and nothing is copied twice.
     """
 
@@ -188,6 +241,7 @@ class FrameParser:
         messages = self._messages
         end = len(data)
         pos = 0
+        most = most_size = 1  # there is room for one; how much more there is does not matter for most chunks
         if self._left:
             pos = self._continue_frame(data, 0, end)
             if self.inflating:
@@ -196,6 +250,14 @@ class FrameParser:
         while end - pos >= 2:
             if self.closed:
                 return
+            if pos >= _SINGLY and not self._opcode and not self._held:
+                received, size, pos = whole_messages(data, pos, self._max_size, most, most_size)
+                if received:
+                    messages.messages_received(received, size)
+                    if pos < end:
+                        most, most_size = messages.room
+                    continue
+            most = most_size = 1
             first = data[pos]
             second = data[pos + 1]
             opcode = first & 0x0F
@@ -241,16 +303,17 @@ class FrameParser:
                 if self.inflating:
                     break
             else:
-                # The usual case: a whole, uncompressed message in one frame.
+                # A whole, uncompressed message in one frame.
                 pos = stop
-                payload = unmask(data[head:body], data[body:stop])
+                message: str | bytes = unmask(data[head:body], data[body:stop])
                 if opcode == TEXT:
                     try:
-                        messages.message_received(payload.decode())
+                        message = message.decode()  # type: ignore[union-attr]  # bytes, so far
                     except UnicodeDecodeError as error:
                         raise ProtocolError(1007, "text is not UTF-8") from error
-                else:
-                    messages.message_received(payload)
+                messages.messages_received([message], len(message))
+                if pos < end:
+                    most, most_size = messages.room
         if pos < end and not self.closed:
             self._rest = data[pos:] if pos else data
 
@@ -367,15 +430,15 @@ class FrameParser:
             raise
 
     def _deliver(self, payload: bytes) -> None:
+        message: str | bytes = payload
         text = self._opcode == TEXT
         self._opcode = 0
         if text:
             try:
-                self._messages.message_received(payload.decode())
+                message = payload.decode()
             except UnicodeDecodeError as error:
                 raise ProtocolError(1007, "text is not UTF-8") from error
-        else:
-            self._messages.message_received(payload)
+        self._messages.messages_received([message], len(message))
 
 
 def _parse_close(payload: bytes) -> tuple[int, str]:

@@ -28,7 +28,7 @@ from ..websocket.namespace import Namespace
 from ..websocket.options import WebSocketOptions
 from ..websocket.sockets import ProtocolName, Socket, SocketData
 from .centrifuge import CentrifugeConnection
-from .channel import Channel, SocketChannel, StreamChannel, TlsChannel
+from .channel import Channel, SocketChannel, StreamChannel, TlsChannel, plain_channel
 from .connection import Connection, SubprotocolConnection
 from .deflate import Deflate, DeflateParameters, InflationQueue, negotiate
 from .keepalive import Keepalive
@@ -203,7 +203,7 @@ class Handshake:
         """The same for a connection that Tornado has not seen, once the handshake has been read from it."""
         endpoint = self._endpoint
         agreed = self._negotiate()
-        channel = SocketChannel(
+        channel = plain_channel(
             endpoint.loop, hold(sock) if beside() else sock, endpoint.outbox.ledger, endpoint.outbox.reader
         )
         try:
@@ -392,7 +392,7 @@ def _take_over(
     if isinstance(sock, ssl.SSLSocket):
         taken = TlsChannel(loop, sock, outbox.ledger, outbox.reader)
     else:
-        taken = SocketChannel(loop, hold(sock) if beside() else sock, outbox.ledger, outbox.reader)
+        taken = plain_channel(loop, hold(sock) if beside() else sock, outbox.ledger, outbox.reader)
     taken.write(answer)
     return taken, received
 
