@@ -30,6 +30,8 @@ FLOORS = (
     "site",
     "takeover",
     "server",
+    "testing",
+    "pytest_plugin",
     "demo",
     "__main__",
     "__init__",  # what users import: all of it

@@ -210,9 +210,16 @@ def client_thread() -> LoopThread:
 
 
 async def _connect(request: HTTPRequest, timeout: float) -> Client:
-    url = request.url
-    client = Client(url, timeout)
+    client = Client(request.url, timeout)
     arrived = client._arrived  # noqa: SLF001  # not for users
+    return client._connected(await handshake(request, timeout, arrived))  # noqa: SLF001  # likewise
+
+
+async def handshake(
+    request: HTTPRequest, timeout: float, arrived: Callable[[str | bytes | None], None]
+) -> WebSocketClientConnection:
+    """Connect, on the running loop; ``arrived`` gets each message, and None at the end. Raises as `connect` does."""
+    url = request.url
     try:
         opening = websocket_connect(request, on_message_callback=arrived, max_message_size=_MAX_MESSAGE_SIZE)
         connection = await asyncio.wait_for(opening, timeout)
@@ -225,7 +232,7 @@ async def _connect(request: HTTPRequest, timeout: float) -> Client:
         raise TimeoutError(f"{shown_url(url)} did not answer within {timeout} s") from None
     if beside() and isinstance(connection.stream, IOStream):
         hold(connection.stream.socket)
-    return client._connected(connection)  # noqa: SLF001  # not for users
+    return connection
 
 
-__all__ = ["Client", "client_thread", "connect"]
+__all__ = ["Client", "client_thread", "connect", "handshake"]
