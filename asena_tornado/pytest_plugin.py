@@ -1,7 +1,7 @@
 """The pytest plugin: the fixture ``serve`` of `asena_tornado.testing`.
 
-Installed, this module is at the top level, as ``_asena_tornado_pytest``: pytest imports the plugins of all packages that
-are installed, and should not import the whole of this one before a test asks for the fixture.
+Installed, this module is at the top level, as ``_asena_tornado_pytest``: pytest imports the plugins of all packages
+there are, and should not import the whole of this one before a test asks for the fixture.
 """
 
 from __future__ import annotations

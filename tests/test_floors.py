@@ -26,6 +26,7 @@ FLOORS = (
     "cluster",
     "connection",
     "client",
+    "schema",
     "inspector",
     "site",
     "takeover",

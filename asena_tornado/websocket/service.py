@@ -16,6 +16,8 @@ from typing import (
     get_origin,
 )
 
+from typing_extensions import TypeAliasType
+
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
 from .calls import on
@@ -195,6 +197,7 @@ class WebSocketSpec:
     # What the annotations name, resolved where the class was defined; a string: not to be resolved there.
     values_type: Any
     message_type: Any
+    sends: Any  # the type, or union, of what is sent; None: not declared
 
 
 def WebSocket(
@@ -204,6 +207,7 @@ def WebSocket(
     middlewares: Sequence[Any] = (),
     options: WebSocketOptions | None = None,
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
+    sends: Any = None,
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -220,6 +224,8 @@ def WebSocket(
         protocols: What clients may speak. Plain WebSocket clients connect at the path, those of the Centrifuge protocol
             at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
             only ones.
+        sends: What the service sends to its clients, as a type or union of types, such as ``Bid | Sold``: for
+            `AsenaServer.asyncapi`, and for the TypeScript of ``python -m asena_tornado types``.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -238,6 +244,9 @@ def WebSocket(
     )
     if not spoken or not set(spoken) <= {"plain", "centrifuge"}:
         raise ConfigurationError(f'protocols takes "plain", "centrifuge" or both, in a tuple, not {protocols!r}')
+
+    if sends is not None and not (isinstance(sends, type) or get_origin(sends) or isinstance(sends, TypeAliasType)):
+        raise ConfigurationError(f"sends takes a type, or a union such as Bid | Sold, not {sends!r}")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -262,6 +271,7 @@ def WebSocket(
             spoken,
             _resolve(_values_type(cls), cls, here),
             _resolve(_message_annotation(cls), handler, nearby),
+            sends,
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
@@ -333,13 +343,14 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
     """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
+    message_type, values_type = types_of(service)
+    return Hooks(service, AsenaWebSocketService, message_type=message_type, values_type=values_type)
+
+
+def types_of(service: AsenaWebSocketService[Any]) -> tuple[Any, Any]:
+    """The annotations of ``on_message``'s message and of ``ws.data.values``. Raises as `hooks_of` does."""
     spec, cls = spec_of(service), type(service)
-    return Hooks(
-        service,
-        AsenaWebSocketService,
-        message_type=_needed(spec.message_type, cls, "on_message"),
-        values_type=_needed(spec.values_type, cls, "its base class"),
-    )
+    return _needed(spec.message_type, cls, "on_message"), _needed(spec.values_type, cls, "its base class")
 
 
 def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
@@ -347,4 +358,4 @@ def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
     service._namespace = namespace
 
 
-__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "on", "spec_of"]
+__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "on", "spec_of", "types_of"]

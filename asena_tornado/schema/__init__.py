@@ -1,0 +1,7 @@
+"""What a server's namespaces take and send, as documents: AsyncAPI, a page of it, TypeScript."""
+
+from .asyncapi import document
+from .contract import Contract, contract_of
+from .pages import document_routes, paths_of_documents
+
+__all__ = ["Contract", "contract_of", "document", "document_routes", "paths_of_documents"]
