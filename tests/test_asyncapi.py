@@ -208,6 +208,7 @@ async def test_the_document_and_its_page_are_served(serve: Serve):
     assert "A live auction." in page
     assert "rpc(&quot;bid&quot;, …)" in page
     assert f"ws://localhost:{served.port}/auction" in page
+    assert page.count('<h3 id="type.Lot">') == 1, "it contains itself"
     assert "<script" not in page
     assert "src=" not in page
     assert "https://" not in page

@@ -15,14 +15,16 @@ from ..web.origins import Hosts
 from ..websocket.namespace import normalize_path
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #888; --in: #0a7d43; --out: #1f6feb }
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #888; --in: light-dark(#0a7d43, #5fd99a);
+  --out: light-dark(#1f6feb, #8ab4ff) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: CanvasText;
   background: Canvas }
 h1 { margin: 0 } h2 { margin: 3rem 0 0; border-top: 1px solid var(--line); padding-top: 1.5rem }
 h3 { margin: 1.75rem 0 .25rem } h4 { margin: .75rem 0 .25rem }
 nav a { margin-right: 1rem } p { margin: .25rem 0 } .dim { opacity: .7 }
 code, pre { font: .875em/1.5 ui-monospace, monospace; background: var(--soft); border-radius: 4px }
-code { padding: .1em .3em } pre { padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
+code { padding: .1em .3em; overflow-wrap: anywhere }
+pre { padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
 .tag { font-size: .75rem; font-weight: 600; padding: .1rem .5rem; border: 1px solid; border-radius: 1rem;
   vertical-align: middle }
 .receive { color: var(--in) } .send { color: var(--out) }
@@ -32,7 +34,6 @@ section section { margin-left: 1rem }
 """
 _POLICY = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _ACTIONS = {"receive": "clients send", "send": "clients get"}
-_DEPTH = 5  # of types within types that are spelled out
 
 
 def paths_of_documents(
@@ -98,6 +99,7 @@ def page_of(document: Mapping[str, Any]) -> str:
 class _Page:
     def __init__(self, document: Mapping[str, Any]) -> None:
         self._document = document
+        self._named: list[str] = []  # types that have been mentioned
 
     def html(self) -> Iterator[str]:
         document = self._document
@@ -113,6 +115,7 @@ class _Page:
         yield "</nav></header><main>"
         for key, channel in channels.items():
             yield from self._channel(key, channel)
+        yield from self._types()
         yield "</main></html>"
 
     def _channel(self, key: str, channel: Mapping[str, Any]) -> Iterator[str]:
@@ -160,53 +163,55 @@ class _Page:
         if "properties" in schema:
             yield self._fields(schema)
         elif kind == "application/json":
-            yield f"<p><code>{escape(self._type(schema))}</code></p>"
+            yield f"<p><code>{self._type(schema)}</code></p>"
 
     def _fields(self, schema: Mapping[str, Any]) -> str:
         required = schema.get("required", ())
         rows = "".join(
             f"<tr><td><code>{escape(name)}</code>{'' if name in required else ' <span class=dim>optional</span>'}</td>"
-            f"<td><code>{escape(self._type(field))}</code></td><td>{_prose(field.get('description', ''))}"
+            f"<td><code>{self._type(field)}</code></td><td>{_prose(field.get('description', ''))}"
             f"{_default(field)}</td></tr>"
             for name, field in schema["properties"].items()
         )
         return f"<div class=wide><table><tr><th>Field<th>Type<th></tr>{rows}</table></div>" if rows else ""
 
-    def _type(self, schema: Any, depth: int = 0) -> str:
-        """What a value is, as TypeScript would have it."""
+    def _type(self, schema: Any) -> str:
+        """What a value is, as TypeScript would have it, in HTML; named types are explained further down."""
         if not isinstance(schema, Mapping):
             return "any"
-        if "$ref" in schema and depth:
-            schema, name = self._find(schema), schema["$ref"].rpartition("/")[2]
-            if depth > _DEPTH:
-                return str(name)
-            return self._type(schema, depth + 1)
+        if "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            if name not in self._named:
+                self._named.append(name)
+            return f'<a href="#type.{escape(name)}">{escape(name)}</a>'
         if "const" in schema or "enum" in schema:
-            return " | ".join(json.dumps(each) for each in schema.get("enum", [schema.get("const")]))
-        for key, between in (("anyOf", " | "), ("oneOf", " | "), ("allOf", " & ")):
+            return " | ".join(escape(json.dumps(each)) for each in schema.get("enum", [schema.get("const")]))
+        for key, between in (("anyOf", " | "), ("oneOf", " | "), ("allOf", " &amp; ")):
             if key in schema:
-                return between.join(self._type(each, depth + 1) for each in schema[key])
+                return between.join(self._type(each) for each in schema[key])
         kind = schema.get("type", "any")
-        if isinstance(kind, list):
-            return " | ".join(kind)
         if kind == "array":
             items = schema.get("items", {})
             if isinstance(items, list):
-                return f"[{', '.join(self._type(each, depth + 1) for each in items)}]"
-            inner = self._type(items, depth + 1)
-            return f"({inner})[]" if " " in inner and not inner.startswith("{") else f"{inner}[]"
-        if kind == "object":
-            if "properties" in schema:
-                required = schema.get("required", ())
-                fields = (
-                    f"{name}{'' if name in required else '?'}: {self._type(each, depth + 1)}"
-                    for name, each in schema["properties"].items()
-                )
-                return f"{{ {'; '.join(fields)} }}"
-            return f"Record<string, {self._type(schema.get('additionalProperties', {}), depth + 1)}>"
+                return f"[{', '.join(self._type(each) for each in items)}]"
+            inner = self._type(items)
+            return f"({inner})[]" if " | " in inner else f"{inner}[]"
+        if kind == "object" and "properties" not in schema:
+            return f"Record&lt;string, {self._type(schema.get('additionalProperties', {}))}&gt;"
         limits = ", ".join(f"{name} {schema[name]}" for name in _LIMITS if name in schema)
         shown = f"{kind} ({schema['format']})" if "format" in schema else str(kind)
-        return f"{shown} ({limits})" if limits else shown
+        return escape(f"{shown} ({limits})" if limits else shown)
+
+    def _types(self) -> Iterator[str]:
+        """The types that were named, and those that these name."""
+        if self._named:
+            yield "<section><h2>Types</h2>"
+        for name in self._named:  # which grows
+            schema = self._document["components"]["schemas"][name]
+            yield f'<h3 id="type.{escape(name)}">{escape(name)}</h3>{_prose(schema.get("description", ""))}'
+            yield self._fields(schema) if "properties" in schema else f"<p><code>{self._type(schema)}</code></p>"
+        if self._named:
+            yield "</section>"
 
     def _find(self, reference: Mapping[str, Any]) -> Any:
         """What a reference stands for; anything else is itself."""
