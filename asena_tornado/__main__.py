@@ -1,4 +1,4 @@
-"""``python -m asena_tornado demo``, and ``serve`` and ``asyncapi``, each with ``module:server``."""
+"""``python -m asena_tornado demo``, and ``serve``, ``asyncapi`` and ``types``, each with ``module:server``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asyncapi = commands.add_parser("asyncapi", help="print the AsyncAPI document of a server, which is not started")
     asyncapi.add_argument("target", metavar="module:server", help="such as app:server")
     asyncapi.add_argument("--yaml", action="store_true", help="as YAML instead of JSON")
+    types = commands.add_parser("types", help="print TypeScript for the messages of a server, which is not started")
+    types.add_argument("target", metavar="module:server", help="such as app:server")
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             server = _find(options.target)
         if options.command == "asyncapi":
             print(_yaml(server.asyncapi()) if options.yaml else json.dumps(server.asyncapi(), indent=2))
+            return
+        if options.command == "types":
+            print(server.typescript(), end="")
             return
     except (AsenaError, LookupError) as error:
         parser.error(str(error))

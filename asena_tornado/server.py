@@ -54,7 +54,7 @@ from .hosting import (
     waking,
 )
 from .inspector import Desk, Inspector, Subject, View, page_routes
-from .schema import contract_of, document, document_routes, paths_of_documents
+from .schema import Contract, contract_of, declarations, document, document_routes, paths_of_documents
 from .site import CENTRIFUGE_SUFFIX, PATIENCE, STOP_TIMEOUT, Site
 from .takeover import Leftovers, retire, take_over
 from .transports import Transport
@@ -374,11 +374,26 @@ class AsenaServer:
         if self._hosting != "app" and (self._port is not None or self._wanted_port):
             base = self._reach().base.replace("http", "ws", 1)
         return document(
-            [contract_of(namespace.hooks.service) for namespace in self.namespaces.values()],
+            self._contracts(),
             info=self._asyncapi_info,
             base=base,
             centrifuge_suffix=CENTRIFUGE_SUFFIX,
         )
+
+    def typescript(self) -> str:
+        """Return TypeScript declarations for the messages of this server: a ``.d.ts`` file.
+
+        For each namespace there is a type, such as ``Auction``, and ``new Centrifuge(url) as Typed<Centrifuge,
+        Auction>`` is a client whose calls, messages and publications have types; ``asena.js`` and the npm package
+        ``centrifuge`` both do.
+
+        Raises:
+            ConfigurationError: As for `asyncapi`.
+        """
+        return declarations(self._contracts())
+
+    def _contracts(self) -> list[Contract]:
+        return [contract_of(namespace.hooks.service) for namespace in self.namespaces.values()]
 
     @property
     def cluster(self) -> Cluster | None:

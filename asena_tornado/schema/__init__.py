@@ -3,5 +3,6 @@
 from .asyncapi import document
 from .contract import Contract, contract_of
 from .pages import document_routes, paths_of_documents
+from .typescript import declarations
 
-__all__ = ["Contract", "contract_of", "document", "document_routes", "paths_of_documents"]
+__all__ = ["Contract", "contract_of", "declarations", "document", "document_routes", "paths_of_documents"]

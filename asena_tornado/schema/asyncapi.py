@@ -37,7 +37,7 @@ class _Document:
     def __init__(self, contracts: Sequence[Contract], centrifuge_suffix: str) -> None:
         self._contracts = contracts
         self._suffix = centrifuge_suffix
-        self._schemas = Schemas(_wanted(contracts), ref_template=_SCHEMAS + "{model}")
+        self._schemas = Schemas((each for one in contracts for each in one.types()), ref_template=_SCHEMAS + "{model}")
         self._security: dict[str, dict[str, Any]] = {}
         self._channels: dict[str, dict[str, Any]] = {}
         self._operations: dict[str, dict[str, Any]] = {}
@@ -146,16 +146,6 @@ class _Document:
         key = _free(message["name"], messages)
         messages[key] = message
         return key
-
-
-def _wanted(contracts: Iterable[Contract]) -> Iterable[tuple[Any, Mode]]:
-    for contract in contracts:
-        if contract.query is not None:
-            yield contract.query, "validation"
-        for operation in contract.operations:
-            yield from ((each, "validation") for each in operation.accepts if each not in (Any, str, bytes))
-            yield from ((each, "serialization") for each in operation.replies if each not in (Any, str, bytes))
-        yield from ((each, "serialization") for each in contract.sends or () if each not in (Any, str, bytes))
 
 
 def _server(base: str) -> dict[str, Any]:

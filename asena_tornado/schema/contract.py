@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -18,6 +18,7 @@ from ..websocket.messages import parts_of, shown_type
 from ..websocket.service import AsenaWebSocketService, spec_of, types_of
 
 Mode = Literal["validation", "serialization"]
+_NO_SCHEMA = (Any, str, bytes)
 _NO_TYPES = (None, type(None), Any, object, dict)
 
 
@@ -26,12 +27,12 @@ class Operation:
     """A handler.
 
     ``accepts``: the types of the messages it is for; `Any` is one, for a handler without annotation. ``replies``: those
-    of what it returns; empty if it says nothing, or nothing but None.
+    of what it returns; none if it returns None; None if it does not say.
     """
 
     name: str
     accepts: tuple[Any, ...]
-    replies: tuple[Any, ...]
+    replies: tuple[Any, ...] | None
     about: str
 
 
@@ -51,6 +52,15 @@ class Contract:
     auth: tuple[TokenAuth, ...]
     operations: tuple[Operation, ...]
     sends: tuple[Any, ...] | None
+
+    def types(self) -> Iterator[tuple[Any, Mode]]:
+        """Every type that has a schema, with what for."""
+        if self.query is not None:
+            yield self.query, "validation"
+        for operation in self.operations:
+            yield from ((each, "validation") for each in operation.accepts if each not in _NO_SCHEMA)
+            yield from ((each, "serialization") for each in operation.replies or () if each not in _NO_SCHEMA)
+        yield from ((each, "serialization") for each in self.sends or () if each not in _NO_SCHEMA)
 
 
 def contract_of(service: AsenaWebSocketService[Any]) -> Contract:
@@ -83,13 +93,16 @@ def _operation(cls: type, name: str, annotations: Sequence[Any]) -> Operation:
     accepts, replies = _types(annotations), _replies(cls, method)
     for each in accepts:
         _check(each, "validation", f"the message of {cls.__name__}.{name}")
-    for each in replies:
+    for each in replies or ():
         _check(each, "serialization", f"the reply of {cls.__name__}.{name}")
     return Operation(name, accepts, replies, _about(method))
 
 
-def _replies(cls: type, method: Any) -> tuple[Any, ...]:
-    annotation = getattr(method, "__annotations__", {}).get("return")
+def _replies(cls: type, method: Any) -> tuple[Any, ...] | None:
+    annotations = getattr(method, "__annotations__", {})
+    if "return" not in annotations:
+        return None
+    annotation = annotations["return"]
     if isinstance(annotation, str):
         try:
             annotation = get_type_hints(method, localns=dict(vars(cls)), include_extras=True)["return"]
