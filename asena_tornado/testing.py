@@ -36,9 +36,11 @@ from .client.plain import client_thread, handshake
 from .connection.connection import Connection
 from .errors import CallError, ConnectionClosed, ServerStateError, SocketClosedError, shortened, shown_url
 from .hosting import held_up_at, running_loop
+from .schema import types_of_messages
 from .server import AsenaServer
-from .websocket.messages import BINARY, encode, shown_type
+from .websocket.messages import BINARY, Message, encode, shown_type
 from .websocket.namespace import Namespace, NamespaceObserver
+from .websocket.service import types_of
 from .websocket.sockets import ReadyState, Socket
 
 T = TypeVar("T")
@@ -111,6 +113,7 @@ class TestServer(AsenaServer):
 
     Attributes:
         raise_errors: Whether it does; without that, see `errors`.
+        check_sends: Whether a service may only send what it declares.
         timeout: Seconds, for every wait that is given none.
     """
 
@@ -121,6 +124,7 @@ class TestServer(AsenaServer):
         *components: Any,
         overrides: Mapping[Any, Any] | None = None,
         raise_errors: bool = True,
+        check_sends: bool = True,
         timeout: float = TIMEOUT,
         port: int = 0,
         **options: Any,
@@ -131,6 +135,8 @@ class TestServer(AsenaServer):
             *components: What `AsenaServer` takes.
             overrides: What is injected instead, by what it replaces: see `AsenaServer.override`.
             raise_errors: Whether what handlers raise fails the test; False to test ``on_error``.
+            check_sends: Whether it fails the test when a service sends what it does not declare (``sends`` of
+                `WebSocket`).
             timeout: Seconds, for every wait that is given none.
             port: Where to listen; by default on a free one.
             **options: What else `AsenaServer` takes.
@@ -139,12 +145,14 @@ class TestServer(AsenaServer):
         for target, replacement in (overrides or {}).items():
             self.override(target, replacement)
         self.raise_errors = raise_errors
+        self.check_sends = check_sends
         self.timeout = timeout
         self._failures: list[_Failure] = []
         self._told = 0  # how many of them have failed something
         self._thread_id = 0
         self._lines: list[_Line] = []
         self._steps: list[tuple[Coroutine[Any, Any, Any], str]] = []
+        self._prepared: list[Namespace] = []
         self._watch = _Watch()
         self._log = _Log(self)
 
@@ -156,9 +164,11 @@ class TestServer(AsenaServer):
         self._thread_id = self._door.thread
         logging.getLogger("asena_tornado").addHandler(self._log)
         for namespace in self._site.namespaces.values():
-            namespace.unobserve(self._watch)
-            namespace.observe(self._watch)
-            self._note_errors(namespace)
+            if namespace not in self._prepared:  # else it is started again
+                self._prepared.append(namespace)
+                namespace.observe(self._watch)
+                self._note_errors(namespace)
+                self._check_what_is_sent(namespace)
 
     def _note_errors(self, namespace: Namespace) -> None:
         hooks = namespace.hooks
@@ -174,6 +184,49 @@ class TestServer(AsenaServer):
         hooks.error = error
         if on_ping is not None:
             hooks.ping = lambda ws, data: None if data.startswith(_MARK) else on_ping(ws, data)
+
+    def _check_what_is_sent(self, namespace: Namespace) -> None:
+        """Raise `Failed` where anything is sent that the service does not declare."""
+        hooks, service = namespace.hooks, namespace.hooks.service
+        sends = types_of(service)[2]
+        if sends is None or not self.check_sends:
+            return
+        declared = _Declared(sends)
+        excused = False
+
+        def check(message: Message) -> None:
+            if not excused and not declared.has(message):
+                what = (
+                    f"{type(service).__name__} sends {shortened(repr(message.payload)[1:], _SHOWN_CHARACTERS)}, "
+                    f"which is no {shown_type(sends)}: it declares to send only that"
+                )
+                error = Failed(what)
+                self._failed(what, error)
+                raise error
+
+        send_to, publish, invalid = namespace.send_to, namespace.publish, hooks.invalid
+
+        def checked_send_to(socket: Socket[Any], message: Message) -> bool:
+            check(message)
+            return send_to(socket, message)
+
+        def checked_publish(rooms: Any, data: object, **options: Any) -> int:
+            message = encode(data)
+            check(message)
+            return publish(rooms, message, **options)
+
+        def excused_invalid(ws: Socket[Any], error: Exception) -> Any:
+            nonlocal excused
+            excused = True  # what the base class says of an invalid message
+            try:
+                return invalid(ws, error)
+            finally:
+                excused = False
+
+        namespace.send_to = checked_send_to  # type: ignore[method-assign]  # of this namespace only
+        namespace.publish = checked_publish  # type: ignore[method-assign]  # likewise
+        if not hooks.own_invalid:
+            hooks.invalid = excused_invalid
 
     def stop(self, *, timeout: float = 10.0) -> None:
         """Stop, as `AsenaServer.stop` does. Clients can only tell what they have received before."""
@@ -755,6 +808,30 @@ class _LiveWire(_Line):
         self._live.disconnect()
 
 
+class _Declared:
+    """What a service declares to send."""
+
+    def __init__(self, sends: Any) -> None:
+        self._types = types_of_messages((sends,))
+        self._adapters = [TypeAdapter(each) for each in self._types if each not in (Any, str, bytes)]
+
+    def has(self, message: Message) -> bool:
+        """Whether the message is of one of the types, and has nothing that the type does not know."""
+        if Any in self._types:
+            return True
+        if not message.is_json:
+            return (bytes if message.opcode == BINARY else str) in self._types
+        return any(self._is(adapter, message.payload) for adapter in self._adapters)
+
+    @staticmethod
+    def _is(adapter: TypeAdapter[Any], payload: bytes) -> bool:
+        try:
+            value = adapter.validate_json(payload)
+        except ValueError:
+            return False
+        return bool(from_json(encode(value).payload) == from_json(payload))
+
+
 class _Expectation:
     """A type or a value, as far as messages are concerned, and a condition."""
 
@@ -1061,11 +1138,19 @@ class Serve:
         *components: Any,
         overrides: Mapping[Any, Any] | None = None,
         raise_errors: bool = True,
+        check_sends: bool = True,
         timeout: float = TIMEOUT,
         **options: Any,
     ) -> TestServer:
         """Start a `TestServer`, which has the same arguments."""
-        server = TestServer(*components, overrides=overrides, raise_errors=raise_errors, timeout=timeout, **options)
+        server = TestServer(
+            *components,
+            overrides=overrides,
+            raise_errors=raise_errors,
+            check_sends=check_sends,
+            timeout=timeout,
+            **options,
+        )
         self.servers.append(server)
         return server.start()
 

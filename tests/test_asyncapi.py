@@ -163,6 +163,20 @@ def test_what_json_schema_cannot_express_is_named():
         AsenaServer(Service, port=0).asyncapi()
 
 
+def test_what_is_sent_is_the_second_type_of_the_base_class_unless_declared():
+    @WebSocket("/typed")
+    class Typed(AsenaWebSocketService[Any, str | bytes]): ...
+
+    @WebSocket("/both", sends=str)
+    class Both(AsenaWebSocketService[Any, str | bytes]): ...
+
+    @WebSocket("/none")
+    class Neither(AsenaWebSocketService[Any]): ...
+
+    operations = AsenaServer(Typed, Both, Neither, port=0).asyncapi()["operations"]
+    assert {key: len(each["messages"]) for key, each in operations.items()} == {"typed.send": 2, "both.send": 1}
+
+
 def test_sends_has_to_be_a_type():
     with pytest.raises(ConfigurationError, match=r"sends takes a type, or a union such as Bid \| Sold, not 5"):
         WebSocket("/x", sends=5)

@@ -429,3 +429,51 @@ async def test_a_refused_client_has_the_status():
         with pytest.raises(HandshakeRefused) as refused:
             await server.client("/nowhere")
         assert refused.value.status == 404
+
+
+async def test_sending_what_is_not_declared_fails():
+    class Other(BaseModel):
+        type: Literal["bid"] = "bid"
+        amount: int
+        secret: str = "x"
+
+    @WebSocket("/declared", sends=Bid | bytes)
+    class Declared(AsenaWebSocketService):
+        def on_message(self, ws: Socket, message: Bid) -> None:
+            sent = {1: Bid(amount=1), 2: b"x", 3: {"type": "bid", "amount": 3}, 4: "text", 5: Ask(amount=5)}
+            sent[6] = Other(amount=6)
+            try:
+                if message.amount % 2:
+                    ws.send(sent[message.amount])
+                else:
+                    self.in_(sent[message.amount])
+            except AssertionError:
+                pass  # it fails all the same
+
+    with TestServer(Declared) as server:
+        client = await server.client("/declared")
+        for amount in (1, 2, 3):
+            await client.send(Bid(amount=amount))
+        await client.send("not a bid")
+        await server.settle()
+        assert len(client.received) == 4, "what the base class says of invalid messages is excused"
+        for amount, shown in ((4, "'text'"), (5, '"ask"'), (6, '"secret"')):
+            await client.send(Bid(amount=amount))
+            with pytest.raises(AssertionError, match=rf"Declared sends .*{shown}.*, which is no Bid or bytes:"):
+                await server.settle()
+        assert len(client.received) == 4
+    with TestServer(Declared, check_sends=False) as server:
+        client = await server.client("/declared")
+        await client.send(Bid(amount=4))
+        await client.expect("text")
+
+
+async def test_a_server_may_be_started_again():
+    with TestServer(Auction, overrides={Mail: FakeMail()}) as server:
+        await server.client("/auction")
+    with server:
+        client = await server.client("/auction")
+        await client.send(Bid(amount=-1))
+        with pytest.raises(AssertionError, match=r"^Auction\.bid raised ValueError: a bid below zero$"):
+            await server.settle()
+        assert len(server.errors) == 1

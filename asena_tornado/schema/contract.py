@@ -70,7 +70,7 @@ def contract_of(service: AsenaWebSocketService[Any]) -> Contract:
         ConfigurationError: An annotation cannot be resolved, or JSON Schema cannot express it.
     """
     spec, cls = spec_of(service), type(service)
-    message_type, values_type = types_of(service)
+    message_type, values_type, sent = types_of(service)
     auth = tuple(each for each in spec.middlewares if isinstance(each, TokenAuth))
     query = None
     if not auth and values_type not in _NO_TYPES and not isinstance(values_type, TypeVar):
@@ -82,7 +82,7 @@ def contract_of(service: AsenaWebSocketService[Any]) -> Contract:
     if cls.on_message is not AsenaWebSocketService.on_message:
         accepted["on_message"] = [message_type]
     operations = [_operation(cls, name, annotations) for name, annotations in accepted.items()]
-    sends = None if spec.sends is None else _types((spec.sends,))
+    sends = None if sent is None else types_of_messages((sent,))
     for each in sends or ():
         _check(each, "serialization", f"sends of {cls.__name__}")
     return Contract(spec.path, spec.name, _about(cls), spec.protocols, query, auth, tuple(operations), sends)
@@ -90,7 +90,7 @@ def contract_of(service: AsenaWebSocketService[Any]) -> Contract:
 
 def _operation(cls: type, name: str, annotations: Sequence[Any]) -> Operation:
     method = inspect.unwrap(getattr(cls, name))
-    accepts, replies = _types(annotations), _replies(cls, method)
+    accepts, replies = types_of_messages(annotations), _replies(cls, method)
     for each in accepts:
         _check(each, "validation", f"the message of {cls.__name__}.{name}")
     for each in replies or ():
@@ -113,10 +113,10 @@ def _replies(cls: type, method: Any) -> tuple[Any, ...] | None:
             ) from error
     if annotation in (None, type(None)):
         return ()
-    return _types((annotation,))
+    return types_of_messages((annotation,))
 
 
-def _types(annotations: Iterable[Any]) -> tuple[Any, ...]:
+def types_of_messages(annotations: Iterable[Any]) -> tuple[Any, ...]:
     """The types of messages, without their unions: each is a message of its own."""
     found: list[Any] = []
     for annotation in annotations:
@@ -246,4 +246,15 @@ def name_of(annotation: Any) -> str:
     return str(getattr(annotation, "__name__", name)) if isinstance(annotation, type) else name
 
 
-__all__ = ["Contract", "Mode", "Operation", "Schemas", "Tags", "contract_of", "draft07", "name_of", "tags_of"]
+__all__ = [
+    "Contract",
+    "Mode",
+    "Operation",
+    "Schemas",
+    "Tags",
+    "contract_of",
+    "draft07",
+    "name_of",
+    "tags_of",
+    "types_of_messages",
+]

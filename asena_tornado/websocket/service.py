@@ -25,7 +25,7 @@ from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
-from .sockets import ProtocolName, Socket, T
+from .sockets import ProtocolName, Sent, Socket, T
 
 S = TypeVar("S", bound="type[AsenaWebSocketService[Any]]")
 
@@ -40,8 +40,12 @@ _MISSPELT = {
 }
 
 
-class AsenaWebSocketService(Generic[T]):
+class AsenaWebSocketService(Generic[T, Sent]):
     """The base class of a namespace's service; ``T`` is the type of each client's ``ws.data.values``.
+
+    A second type says what the service sends, ``AsenaWebSocketService[Visitor, Bid | Sold]``. It stands for ``sends``
+    of `WebSocket`, and a type checker refuses to send anything else by `to`, `in_` and a ``Socket[Visitor, Bid |
+    Sold]``.
 
         @WebSocket("/chat")
         class ChatSocket(AsenaWebSocketService[ChatData]):
@@ -99,20 +103,20 @@ class AsenaWebSocketService(Generic[T]):
         return self._namespace
 
     @property
-    def sockets(self) -> Mapping[str, Socket[T]]:
+    def sockets(self) -> Mapping[str, Socket[T, Sent]]:
         """A live, read-only mapping of id to connected socket."""
         return self._bound().sockets
 
     @property
-    def rooms(self) -> RoomsView[Socket[T]]:
+    def rooms(self) -> RoomsView[Socket[T, Sent]]:
         """A live, read-only mapping of room to the sockets in it. Empty rooms do not exist."""
         return self._bound().rooms
 
-    def get_sockets_by_room(self, room: str) -> list[Socket[T]]:
+    def get_sockets_by_room(self, room: str) -> list[Socket[T, Sent]]:
         """Return the sockets in the room; an empty list if there is no such room."""
         return list(self._bound().index.members(room).copy())
 
-    def to(self, room: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
+    def to(self, room: str | Iterable[str], data: Sent, *, exclude: Exclude = ()) -> int:
         """Send to everybody in a room, or once to everybody in any of several rooms. Works from any thread.
 
         Args:
@@ -133,7 +137,7 @@ class AsenaWebSocketService(Generic[T]):
         """
         return self._bound().to(room, data, exclude=exclude)
 
-    def in_(self, data: object, *, exclude: Exclude = ()) -> int:
+    def in_(self, data: Sent, *, exclude: Exclude = ()) -> int:
         """Send to everybody connected to this namespace; otherwise like `to`.
 
         Args:
@@ -225,7 +229,8 @@ def WebSocket(
             at ``path + "/connection/websocket"`` (see `AsenaServer.client_url`), and at the path, too, if they are the
             only ones.
         sends: What the service sends to its clients, as a type or union of types, such as ``Bid | Sold``: for
-            `AsenaServer.asyncapi`, and for the TypeScript of ``python -m asena_tornado types``.
+            `AsenaServer.asyncapi`, and for the TypeScript of ``python -m asena_tornado types``; in a test with
+            ``asena_tornado.testing``, sending anything else fails. By default, the second type of its base class.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -269,9 +274,9 @@ def WebSocket(
             chain,
             options,
             spoken,
-            _resolve(_values_type(cls), cls, here),
+            _resolve(_argument(cls, 0), cls, here),
             _resolve(_message_annotation(cls), handler, nearby),
-            sends,
+            _resolve(_declared(_argument(cls, 1)) if sends is None else sends, cls, here),
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
@@ -294,14 +299,19 @@ def spec_of(service: object) -> WebSocketSpec:
     raise ConfigurationError(f'{cls.__name__} has no path: decorate it with @WebSocket("/…")')
 
 
-def _values_type(cls: type) -> Any:
-    """What stands for ``T`` in the bases of ``cls``, through generic classes in between."""
+def _declared(sends: Any) -> Any:
+    return None if sends is Any or isinstance(sends, TypeVar) else sends
+
+
+def _argument(cls: type, index: int) -> Any:
+    """What stands for ``T``, or (1) for ``Sent``, in the bases of ``cls``, through generic classes in between."""
     for base in vars(cls).get("__orig_bases__", cls.__bases__):
         origin = get_origin(base) or base
         if origin is AsenaWebSocketService:
-            return (get_args(base) or (Any,))[0]
+            arguments = get_args(base)
+            return arguments[index] if index < len(arguments) else Any
         if isinstance(origin, type) and issubclass(origin, AsenaWebSocketService):
-            inner = _values_type(origin)
+            inner = _argument(origin, index)
             parameters = getattr(origin, "__parameters__", ())
             if isinstance(inner, TypeVar) and inner in parameters and get_args(base):
                 return get_args(base)[parameters.index(inner)]
@@ -343,14 +353,21 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
     """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
-    message_type, values_type = types_of(service)
+    message_type, values_type, _ = types_of(service)
     return Hooks(service, AsenaWebSocketService, message_type=message_type, values_type=values_type)
 
 
-def types_of(service: AsenaWebSocketService[Any]) -> tuple[Any, Any]:
-    """The annotations of ``on_message``'s message and of ``ws.data.values``. Raises as `hooks_of` does."""
+def types_of(service: AsenaWebSocketService[Any]) -> tuple[Any, Any, Any]:
+    """The types of ``on_message``'s message, of ``ws.data.values``, and of what is sent (None: not declared).
+
+    Raises as `hooks_of` does.
+    """
     spec, cls = spec_of(service), type(service)
-    return _needed(spec.message_type, cls, "on_message"), _needed(spec.values_type, cls, "its base class")
+    return (
+        _needed(spec.message_type, cls, "on_message"),
+        _needed(spec.values_type, cls, "its base class"),
+        _needed(spec.sends, cls, "its base class"),
+    )
 
 
 def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
