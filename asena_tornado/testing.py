@@ -21,10 +21,11 @@ import os
 import socket as sockets
 import struct
 import traceback
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from typing import Any, NamedTuple, Self, TypeVar, cast, overload
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -38,10 +39,11 @@ from .errors import CallError, ConnectionClosed, ServerStateError, SocketClosedE
 from .hosting import held_up_at, running_loop
 from .schema import types_of_messages
 from .server import AsenaServer
-from .websocket.messages import BINARY, Message, encode, shown_type
+from .websocket.messages import BINARY, Message, check_close, encode, shown_type
 from .websocket.namespace import Namespace, NamespaceObserver
+from .websocket.rooms import check_room
 from .websocket.service import types_of
-from .websocket.sockets import ReadyState, Socket
+from .websocket.sockets import ProtocolName, ReadyState, Socket, SocketData
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -1126,6 +1128,8 @@ class Serve:
         server = serve(ChatSocket, overrides={Mail: FakeMail()})
         client = await server.client("/chat?name=ann")
 
+    Elsewhere than in pytest: ``with Serve() as serve``.
+
     Attributes:
         servers: Those it has started.
     """
@@ -1171,6 +1175,16 @@ class Serve:
             )
         return self.servers[0]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.stop()
+
     def finish(self) -> None:
         """The test is over: see `TestServer.finish`."""
         __tracebackhide__ = True  # for pytest
@@ -1190,4 +1204,130 @@ class Serve:
             server._raise_errors()
 
 
-__all__ = ["Failed", "LiveTestClient", "Serve", "SyncLiveTestClient", "SyncTestClient", "TestClient", "TestServer"]
+class FakeSocket(Socket[Any, Any]):
+    """A socket without a connection, for a test that calls a handler itself; made by `fake_socket`.
+
+    Attributes:
+        sent: What was given to ``send``.
+        published: What was given to ``publish``: pairs of a room and the data.
+        closed: The code and reason that it was closed with; None while it is open.
+    """
+
+    __test__ = False
+
+    def __init__(self, data: SocketData[Any], protocol: ProtocolName) -> None:
+        self.data = data
+        self.remote_address = "127.0.0.1"
+        self.sent: list[Any] = []
+        self.published: list[tuple[str, Any]] = []
+        self.closed: tuple[int, str] | None = None
+        self._protocol: ProtocolName = protocol
+        self._rooms: dict[str, None] = {}
+
+    @property
+    def namespace(self) -> str:
+        """The path it was made with."""
+        return self.data.path
+
+    @property
+    def protocol(self) -> ProtocolName:
+        """What it was made with."""
+        return self._protocol
+
+    @property
+    def ready_state(self) -> ReadyState:
+        """Whether it is open or closed."""
+        return ReadyState.OPEN if self.closed is None else ReadyState.CLOSED
+
+    @property
+    def rooms(self) -> frozenset[str]:
+        """The rooms it has subscribed to."""
+        return frozenset(self._rooms)
+
+    @property
+    def buffered_amount(self) -> int:
+        """Nothing waits."""
+        return 0
+
+    @property
+    def round_trip_time(self) -> float | None:
+        """Nobody has answered a ping."""
+        return None
+
+    def is_subscribed(self, room: str) -> bool:
+        """Return whether it is in the room."""
+        return room in self._rooms
+
+    def send(self, data: Any) -> bool:
+        """Record the data; False once it is closed. Raises `EncodeError` as a real socket does."""
+        encode(data)
+        if self.closed is None:
+            self.sent.append(data)
+        return self.closed is None
+
+    def publish(self, room: str, data: Any, *, exclude: Iterable[Socket[Any] | str] = ()) -> int:
+        """Record the room and the data. Raises as a real socket does."""
+        check_room(room)
+        encode(data)
+        self.published.append((room, data))
+        return 0
+
+    def subscribe(self, room: str) -> None:
+        """Join the room. Raises as a real socket does."""
+        check_room(room)
+        if self.closed is not None:
+            raise SocketClosedError(f"socket {self.id} is closed and cannot join {room!r}")
+        self._rooms[room] = None
+
+    def unsubscribe(self, room: str) -> None:
+        """Leave the room."""
+        self._rooms.pop(room, None)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Record the code and the reason. Raises as a real socket does."""
+        check_close(code, reason)
+        self.closed = self.closed or (code, reason)
+
+    def terminate(self) -> None:
+        """Close it with 1006."""
+        self.closed = self.closed or (1006, "")
+
+    def ping(self, data: bytes = b"") -> None:
+        """Nobody is there to answer."""
+
+
+def fake_socket(
+    values: Any = None,
+    *,
+    path: str = "/test",
+    query: Mapping[str, str | list[str]] | None = None,
+    protocol: ProtocolName = "plain",
+) -> FakeSocket:
+    """Make a socket that records what is sent, to call a handler with that needs no server.
+
+        ws = fake_socket(Visitor(name="ann"))
+        assert Auction().bid(ws, Bid(amount=5)) == Accepted(total=5)
+        assert ws.published == [("lot", Bid(amount=5))]
+
+    What the service itself sends (``self.to``, ``self.in_``) needs a server: see `TestServer`.
+
+    Args:
+        values: For ``ws.data.values``.
+        path: The path of the namespace.
+        query: For ``ws.data.query``.
+        protocol: For ``ws.protocol``.
+    """
+    return FakeSocket(SocketData(str(uuid4()), path, query or {}, values), protocol)
+
+
+__all__ = [
+    "Failed",
+    "FakeSocket",
+    "LiveTestClient",
+    "Serve",
+    "SyncLiveTestClient",
+    "SyncTestClient",
+    "TestClient",
+    "TestServer",
+    "fake_socket",
+]

@@ -13,6 +13,7 @@ from asena_tornado import (
     CallError,
     ConnectionClosed,
     Controller,
+    EncodeError,
     Get,
     HandshakeRefused,
     Inject,
@@ -25,7 +26,7 @@ from asena_tornado import (
     WebSocket,
     on,
 )
-from asena_tornado.testing import TestServer
+from asena_tornado.testing import Serve, TestServer, fake_socket
 
 
 class Bid(BaseModel):
@@ -477,3 +478,54 @@ async def test_a_server_may_be_started_again():
         with pytest.raises(AssertionError, match=r"^Auction\.bid raised ValueError: a bid below zero$"):
             await server.settle()
         assert len(server.errors) == 1
+
+
+async def test_a_handler_can_be_called_without_a_server():
+    auction = Auction()
+    auction.mail = mail = FakeMail()  # type: ignore[assignment]  # what would be injected
+    ws = fake_socket({"name": "ann"}, path="/auction", query={"lot": "7"})
+    auction.on_open(ws)
+    assert await auction.bid(ws, Bid(amount=5)) == Accepted(total=5)
+    assert ws.published == [("lot", Bid(amount=5))]
+    assert mail.sent == ["bid of 5"]
+    assert ws.rooms == {"lot"}
+    assert (ws.data.name, ws.data.query, ws.namespace) == ("ann", {"lot": "7"}, "/auction")
+    assert ws.send("text")
+    with pytest.raises(EncodeError):
+        ws.send(object())
+    ws.close(4000, "done")
+    assert not ws.send("too late")
+    assert (ws.sent, ws.closed, ws.ready_state.name) == (["text"], (4000, "done"), "CLOSED")
+    with pytest.raises(SocketClosedError):
+        ws.subscribe("lot")
+    assert repr(ws).endswith("/auction closed>")
+
+
+def test_a_fake_socket_has_all_that_a_socket_has():
+    """What it does not override would ask a connection that is not there."""
+    inherited = {"id", "data", "remote_address"}
+    public = {name for name in vars(Socket) if not name.startswith("_")} - inherited
+    assert public <= set(vars(type(fake_socket())))
+
+
+async def test_serve_ends_a_test_of_its_own():
+    with Serve() as serve:
+        serve(Echo)
+        await (await serve.client("/echo")).send("x")
+    assert serve.servers[0].state == "stopped"
+
+    async def raise_in_a_handler() -> None:
+        with serve:
+            serve(Auction, overrides={Mail: FakeMail()})
+            await (await serve.client("/auction")).send(Bid(amount=-1))
+
+    serve = Serve()
+    with pytest.raises(AssertionError, match=r"Auction\.bid raised"):
+        await raise_in_a_handler()
+    assert serve.servers[0].state == "stopped"
+
+
+def test_a_loop_that_is_not_asyncios_is_refused():
+    """As trio's is: its tasks drive coroutines where no loop of asyncio runs."""
+    with TestServer(Echo) as server, pytest.raises(ServerStateError, match="this needs asyncio: on another loop"):
+        server.client("/echo").send(None)
