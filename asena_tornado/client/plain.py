@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import json
@@ -207,6 +208,16 @@ async def connect(
 def client_thread() -> LoopThread:
     """Where clients live that must go on while a cell computes: one thread for all of them."""
     return LoopThread("asena-clients").start()
+
+
+def _end_client_thread() -> None:
+    """At the interpreter's end, which a daemon thread that still runs may upset."""
+    if client_thread.cache_info().currsize:
+        client_thread().stop(timeout=1.0)
+
+
+# Before the servers register theirs, and so called after it: until they have stopped, clients answer.
+atexit.register(_end_client_thread)
 
 
 async def _connect(request: HTTPRequest, timeout: float) -> Client:
