@@ -1,14 +1,16 @@
-"""``python -m asena_tornado demo``, ``python -m asena_tornado serve module:server`` and ``--version``."""
+"""``python -m asena_tornado demo``, ``--version``, and, each with ``module:server``, ``serve``, ``asyncapi``, ``types``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import __version__
 from .connection.engine import description
@@ -32,18 +34,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve.add_argument(
         "target", metavar="module:server", help="such as app:server, for server = AsenaServer(…) in app.py"
     )
+    asyncapi = commands.add_parser("asyncapi", help="print the AsyncAPI document of a server, which is not started")
+    asyncapi.add_argument("target", metavar="module:server", help="such as app:server")
+    asyncapi.add_argument("--yaml", action="store_true", help="as YAML instead of JSON")
+    types = commands.add_parser("types", help="print TypeScript for the messages of a server, which is not started")
+    types.add_argument("target", metavar="module:server", help="such as app:server")
     options = parser.parse_args(arguments)
     try:
         if options.command == "demo":
             server = demo_server(options.port, announce=lambda text: print(text, flush=True))
         else:
             server = _find(options.target)
+        if options.command == "asyncapi":
+            print(_yaml(server.asyncapi()) if options.yaml else json.dumps(server.asyncapi(), indent=2))
+            return
+        if options.command == "types":
+            print(server.typescript(), end="")
+            return
     except (AsenaError, LookupError) as error:
         parser.error(str(error))
     try:
         server.run()
     except AsenaError as error:
         sys.exit(f"error: {error}")
+
+
+def _yaml(document: dict[str, Any]) -> str:
+    try:
+        import yaml
+    except ImportError:
+        raise LookupError("--yaml needs PyYAML: pip install 'asena_tornado[yaml]'") from None
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True)).rstrip()
 
 
 def _find(target: str) -> AsenaServer:

@@ -55,6 +55,7 @@ from .hosting import (
     waking,
 )
 from .inspector import Desk, Inspector, Subject, View, page_routes
+from .schema import Contract, contract_of, declarations, document, document_routes, paths_of_documents
 from .site import CENTRIFUGE_SUFFIX, PATIENCE, STOP_TIMEOUT, Site
 from .takeover import Leftovers, retire, take_over
 from .transports import Transport
@@ -108,6 +109,9 @@ class AsenaServer:
         client_path: str | None = "/asena.js",
         inspector_path: str | None = None,
         inspector_read_only: bool = False,
+        asyncapi_path: str | None = None,
+        asyncapi_page: str | None = None,
+        asyncapi_info: Mapping[str, Any] | None = None,
         loop: LoopKind = "auto",
         switch_interval: float | None = 0.00002,  # seconds
     ) -> None:
@@ -143,6 +147,10 @@ class AsenaServer:
             inspector_path: Where to serve the live inspector as a page, such as ``"/inspector"``. It asks for a token:
                 see `inspector_url`.
             inspector_read_only: Whether that page can only look and not act.
+            asyncapi_path: Where to serve the AsyncAPI document, such as ``"/asyncapi.json"``, to everybody.
+            asyncapi_page: Where to serve a page of it to read, such as ``"/docs"``, to everybody.
+            asyncapi_info: What the document says of the whole, as its Info Object: ``{"title": "Auction", "version":
+                "1.2.0", "description": "…"}``.
             loop: The event loop that `start` and `run` make: ``"asyncio"`` or ``"uvloop"``. ``"auto"`` is asyncio's for
                 `start`, as that stays live beside a cell that computes, and for `run` uvloop's where it is installed.
             switch_interval: Seconds that the interpreter's switch interval is set to while the server runs on a thread,
@@ -198,6 +206,10 @@ class AsenaServer:
             )
         self._client_path = client_path
         self._check_client_path()
+        self._asyncapi_paths = paths_of_documents(
+            asyncapi_path, asyncapi_page, taken=(*self._site.websocket_paths, self._inspector_path)
+        )
+        self._asyncapi_info = dict(asyncapi_info or {})
         self._inspector_read_only = inspector_read_only
         self._loop: LoopKind = loop
         self._switch_interval = switch_interval
@@ -352,6 +364,42 @@ class AsenaServer:
         if self._inspector_path is None:
             raise ConfigurationError('there is no inspector page: AsenaServer(..., inspector_path="/inspector")')
         return self.url(f"{self._inspector_path}?token={self._desk.token}")
+
+    def asyncapi(self) -> dict[str, Any]:
+        """Return the AsyncAPI 3.0 document of this server: what its namespaces take, answer and send.
+
+        It is made of decorators, annotations and docstrings: each handler is a receive operation, with what it returns
+        as the reply; ``@WebSocket(…, sends=Bid | Sold)`` declares what is sent. Its schemas are JSON Schema draft-07.
+        Clients of the Centrifuge protocol find their address in the channel's ``x-centrifuge``, and the methods of
+        their calls in the operation's ``x-rpc-methods``. Builds the components, if that has not happened yet.
+
+        Raises:
+            ConfigurationError: A type cannot be expressed as JSON Schema, or an annotation cannot be resolved.
+        """
+        base = None
+        if self._hosting != "app" and (self._port is not None or self._wanted_port):
+            base = self._reach().base.replace("http", "ws", 1)
+        return document(
+            self._contracts(),
+            info=self._asyncapi_info,
+            base=base,
+            centrifuge_suffix=CENTRIFUGE_SUFFIX,
+        )
+
+    def typescript(self) -> str:
+        """Return TypeScript declarations for the messages of this server: a ``.d.ts`` file.
+
+        For each namespace there is a type, such as ``Auction``, and ``new Centrifuge(url) as Typed<Centrifuge,
+        Auction>`` is a client whose calls, messages and publications have types; ``asena.js`` and the npm package
+        ``centrifuge`` both do.
+
+        Raises:
+            ConfigurationError: As for `asyncapi`.
+        """
+        return declarations(self._contracts())
+
+    def _contracts(self) -> list[Contract]:
+        return [contract_of(namespace.hooks.service) for namespace in self.namespaces.values()]
 
     @property
     def cluster(self) -> Cluster | None:
@@ -534,6 +582,7 @@ class AsenaServer:
             routes += page_routes(self._inspector_path, view, hosts)
         if self._client_path is not None:
             routes += client_routes(self._client_path, self._origins, hosts)
+        routes += document_routes(self._asyncapi_paths, self.asyncapi, hosts)
         return [*routes, site.controllers.rule] if site.controllers else routes
 
     def _check_client_path(self) -> None:

@@ -17,6 +17,8 @@ from tornado.ioloop import IOLoop
 
 from asena_tornado import AsenaServer
 
+pytest_plugins = ("asena_tornado.pytest_plugin",)
+
 
 @pytest.fixture
 def io_loop() -> Iterator[IOLoop]:

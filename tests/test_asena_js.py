@@ -1,19 +1,18 @@
 """asena.js goes through the same scripts as the SDK whose names it has, in Node and in a browser."""
 
 import asyncio
-import fcntl
 import json
-import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 import asena_tornado
+from tests.npm import installed
 from tests.scripted import ScriptedServer
 from tests.scripts import SCRIPTS, Client, run
 
@@ -26,29 +25,8 @@ ASENA = Path(asena_tornado.__file__).parent / "client" / "asena.js"
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The SDK, and a WebSocket for a Node that has none, from npm; kept where ``ASENA_TEST_NPM`` says, if it does."""
-    base = tmp_path_factory.getbasetemp()
-    # One for all of xdist's workers, whose own directories are in the run's.
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    where = Path(os.environ.get("ASENA_TEST_NPM") or shared / "npm")
-    where.mkdir(parents=True, exist_ok=True)
-    with (where / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (where / "node_modules" / "centrifuge").is_dir():
-            install(where)
-    return where / "node_modules"
-
-
-def install(where: Path) -> None:
-    """Skips the test where that is not possible, except in CI, which must not pass without it."""
-    give_up: Callable[[str], NoReturn] = pytest.fail if os.environ.get("CI") else pytest.skip
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        give_up("no node and npm on PATH")
-    command = [npm, "install", "--prefix", str(where), "--no-audit", "--no-fund", "centrifuge@5", "ws@8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        give_up(f"npm cannot install what the tests need: {done.stderr[-500:]}")
+    """The SDK, and a WebSocket for a Node that has none."""
+    return installed(tmp_path_factory, "npm", "centrifuge@5", "ws@8")
 
 
 class NodeClient(Client):

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -197,3 +199,30 @@ async def test_a_server_that_closes_at_once_is_noticed() -> None:
             assert await client.recv() == "no"
             with pytest.raises(ConnectionClosed, match="4000"):
                 await client.recv()
+
+
+PROGRAM = """
+import atexit
+atexit.register(lambda: print(*said, f"thread ended: {thread.ended}"))  # registered first, and so called last
+
+from asena_tornado import AsenaServer, AsenaWebSocketService, LiveClient, WebSocket
+from asena_tornado.client.plain import client_thread
+
+said = []
+
+@WebSocket("/chat")
+class Chat(AsenaWebSocketService):
+    def on_close(self, ws, code):
+        said.append(f"closed with {code},")
+
+server = AsenaServer(Chat, port=0).start()
+client = LiveClient(server.client_url("/chat"))
+client.connect().ready(10).result()
+thread = client_thread()
+"""
+
+
+def test_the_thread_of_clients_ends_with_the_program_and_after_its_servers() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=50, check=True)
+    assert done.stdout == "closed with 3001, thread ended: True\n"
+    assert done.stderr == ""

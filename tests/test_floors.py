@@ -26,10 +26,13 @@ FLOORS = (
     "cluster",
     "connection",
     "client",
+    "schema",
     "inspector",
     "site",
     "takeover",
     "server",
+    "testing",
+    "pytest_plugin",
     "demo",
     "__init__",  # what users import: all of it
     "__main__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import json
@@ -220,10 +221,30 @@ def client_thread() -> LoopThread:
     return LoopThread("asena-clients").start()
 
 
+def _end_client_thread() -> None:
+    """At the interpreter's end, which a daemon thread that still runs may upset."""
+    if client_thread.cache_info().currsize:
+        client_thread().stop(timeout=1.0)
+
+
+# Before the servers register theirs, and so called after it: until they have stopped, clients answer.
+atexit.register(_end_client_thread)
+
+
 async def _connect(request: HTTPRequest, subprotocols: Sequence[str], timeout: float) -> Client:
-    url = request.url
-    client = Client(url, timeout)
+    client = Client(request.url, timeout)
     arrived = client._arrived  # noqa: SLF001  # not for users
+    return client._connected(await handshake(request, timeout, arrived, subprotocols))  # noqa: SLF001  # likewise
+
+
+async def handshake(
+    request: HTTPRequest,
+    timeout: float,
+    arrived: Callable[[str | bytes | None], None],
+    subprotocols: Sequence[str] = (),
+) -> WebSocketClientConnection:
+    """Connect, on the running loop; ``arrived`` gets each message, and None at the end. Raises as `connect` does."""
+    url = request.url
     try:
         opening = websocket_connect(
             request,
@@ -241,7 +262,7 @@ async def _connect(request: HTTPRequest, subprotocols: Sequence[str], timeout: f
         raise TimeoutError(f"{shown_url(url)} did not answer within {timeout} s") from None
     if beside() and isinstance(connection.stream, IOStream):
         hold(connection.stream.socket)
-    return client._connected(connection)  # noqa: SLF001  # not for users
+    return connection
 
 
-__all__ = ["Client", "client_thread", "connect"]
+__all__ = ["Client", "client_thread", "connect", "handshake"]

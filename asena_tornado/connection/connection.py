@@ -317,6 +317,11 @@ class Connection:
         return self.channel.waiting + self._outbox.owed(self)
 
     @property
+    def at_work(self) -> list[asyncio.Future[Any]]:
+        """The tasks in which a hook runs, or is about to."""
+        return self._dispatch.at_work
+
+    @property
     def messages_in(self) -> int:
         """Messages that came."""
         return self._dispatch.messages_in

@@ -234,6 +234,16 @@ class Dispatch:
         """Whether ``on_close`` has run."""
         return self._task is None
 
+    @property
+    def at_work(self) -> list[asyncio.Future[Any]]:
+        """The tasks in which a hook runs, or is about to."""
+        beside = self._background
+        tasks = [] if beside is None else [*beside.hooks, *beside.calls]
+        # `_wake` is there while the task waits for a message.
+        if self._task is not None and (self._wake is None or self._wake.done() or self._inbox or self._full):
+            tasks.append(self._task)
+        return tasks
+
     def clear(self) -> None:
         """Forget the messages that wait."""
         self._inbox.clear()

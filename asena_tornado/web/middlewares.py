@@ -102,13 +102,13 @@ class TokenAuth(MiddlewareService):
         if not callable(verify):
             raise ConfigurationError(f"TokenAuth takes a function that verifies a token, not {verify!r}")
         self._verify = verify
-        self._parameter = query_parameter
+        self.query_parameter = query_parameter
 
     async def handle(self, context: Context, next: Next) -> Response | None:
         """Answer with 401 without a valid token, else note what it stands for and let the request pass."""
         token: object = context.bearer_token
-        if token is None and self._parameter is not None:
-            token = context.query.get(self._parameter) or None
+        if token is None and self.query_parameter is not None:
+            token = context.query.get(self.query_parameter) or None
         if token is None:
             return _unauthorized(context, "a token is needed", "Bearer")
         value = self._verify(token) if isinstance(token, str) else None

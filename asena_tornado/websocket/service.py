@@ -17,6 +17,8 @@ from typing import (
     get_origin,
 )
 
+from typing_extensions import TypeAliasType
+
 from ..errors import ConfigurationError, InvalidMessageError, ServerStateError
 from ..ioc.inject import component, listed, needs_self
 from .calls import marked, on
@@ -25,7 +27,7 @@ from .hooks import HOOKS, Hooks
 from .namespace import Exclude, Namespace, normalize_path
 from .options import WebSocketOptions
 from .rooms import RoomsView
-from .sockets import ProtocolName, Socket, T
+from .sockets import ProtocolName, Sent, Socket, T
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.6.2
 
@@ -42,8 +44,12 @@ _MISSPELT = {
 }
 
 
-class AsenaWebSocketService(Generic[T]):
+class AsenaWebSocketService(Generic[T, Sent]):
     """The base class of a namespace's service; ``T`` is the type of each client's ``ws.data.values``.
+
+    A second type says what the service sends, ``AsenaWebSocketService[Visitor, Bid | Sold]``. It stands for ``sends``
+    of `WebSocket`, and a type checker refuses to send anything else by `to`, `in_` and a ``Socket[Visitor, Bid |
+    Sold]``.
 
         @WebSocket("/chat")
         class ChatSocket(AsenaWebSocketService[ChatData]):
@@ -106,20 +112,20 @@ class AsenaWebSocketService(Generic[T]):
         return self._namespace
 
     @property
-    def sockets(self) -> Mapping[str, Socket[T]]:
+    def sockets(self) -> Mapping[str, Socket[T, Sent]]:
         """A live, read-only mapping of id to connected socket."""
         return self._bound().sockets
 
     @property
-    def rooms(self) -> RoomsView[Socket[T]]:
+    def rooms(self) -> RoomsView[Socket[T, Sent]]:
         """A live, read-only mapping of room to the sockets in it. Empty rooms do not exist."""
         return self._bound().rooms
 
-    def get_sockets_by_room(self, room: str) -> list[Socket[T]]:
+    def get_sockets_by_room(self, room: str) -> list[Socket[T, Sent]]:
         """Return the sockets in the room; an empty list if there is no such room."""
         return list(self._bound().index.members(room).copy())
 
-    def to(self, room: str | Iterable[str], data: object, *, exclude: Exclude = ()) -> int:
+    def to(self, room: str | Iterable[str], data: Sent, *, exclude: Exclude = ()) -> int:
         """Send to everybody in a room, or once to everybody in any of several rooms. Works from any thread.
 
         Args:
@@ -140,7 +146,7 @@ class AsenaWebSocketService(Generic[T]):
         """
         return self._bound().to(room, data, exclude=exclude)
 
-    def in_(self, data: object, *, exclude: Exclude = ()) -> int:
+    def in_(self, data: Sent, *, exclude: Exclude = ()) -> int:
         """Send to everybody connected to this namespace; otherwise like `to`.
 
         Args:
@@ -233,6 +239,7 @@ class WebSocketSpec:
     values_type: Any
     message_type: Any
     reply_types: Mapping[str, Any]  # by the names of the methods
+    sends: Any  # the type, or union, of what is sent; None: not declared
 
 
 def WebSocket(
@@ -244,6 +251,7 @@ def WebSocket(
     protocols: Sequence[ProtocolName] = ("plain", "centrifuge"),
     subprotocols: Sequence[str] = (),
     rooms: Mapping[str, RoomOptions] | None = None,
+    sends: Any = None,
 ) -> Callable[[S], S]:
     """Make a class the service of the namespace ``path``.
 
@@ -265,6 +273,9 @@ def WebSocket(
             ``ws.subprotocol``. A client that offers none of them is let in without; browsers then close by themselves.
         rooms: What rooms are to have, by their name or a pattern such as ``"game:*"`` (of `fnmatch`); the first that
             fits counts.
+        sends: What the service sends to its clients, as a type or union of types, such as ``Bid | Sold``: for
+            `AsenaServer.asyncapi`, and for the TypeScript of ``python -m asena_tornado types``; in a test with
+            ``asena_tornado.testing``, sending anything else fails. By default, the second type of its base class.
 
     Raises:
         ConfigurationError: The path, the class or a hook cannot work.
@@ -295,6 +306,8 @@ def WebSocket(
     if subprotocols and "plain" not in spoken:
         raise ConfigurationError(f"subprotocols are for plain clients, and those cannot connect to {normal!r}")
     rules = room_rules(rooms, f"@WebSocket({path!r})")
+    if sends is not None and not (isinstance(sends, type) or get_origin(sends) or isinstance(sends, TypeAliasType)):
+        raise ConfigurationError(f"sends takes a type, or a union such as Bid | Sold, not {sends!r}")
 
     def decorate(cls: S) -> S:
         given: object = cls  # whatever the annotation says
@@ -323,9 +336,10 @@ def WebSocket(
             spoken,
             tuple(subprotocols),
             rules,
-            _resolve(_values_type(cls), cls, here),
+            _resolve(_argument(cls, 0), cls, here),
             resolve(_message_annotation(cls), cls.on_message),
             {name: resolve(annotation, getattr(cls, name)) for name, annotation in _reply_annotations(cls).items()},
+            _resolve(_declared(_argument(cls, 1)) if sends is None else sends, cls, here),
         )
         cls.__asena_websocket__ = spec  # type: ignore[attr-defined]  # an attribute of decorated classes only
         return component(cls, kind="WebSocket", name=name, requires=chain, hooks=HOOKS)
@@ -357,14 +371,19 @@ def spec_of(service: object) -> WebSocketSpec:
     raise ConfigurationError(f'{cls.__name__} has no path: decorate it with @WebSocket("/…")')
 
 
-def _values_type(cls: type) -> Any:
-    """What stands for ``T`` in the bases of ``cls``, through generic classes in between."""
+def _declared(sends: Any) -> Any:
+    return None if sends is Any or isinstance(sends, TypeVar) else sends
+
+
+def _argument(cls: type, index: int) -> Any:
+    """What stands for ``T``, or (1) for ``Sent``, in the bases of ``cls``, through generic classes in between."""
     for base in vars(cls).get("__orig_bases__", cls.__bases__):
         origin = get_origin(base) or base
         if origin is AsenaWebSocketService:
-            return (get_args(base) or (Any,))[0]
+            arguments = get_args(base)
+            return arguments[index] if index < len(arguments) else Any
         if isinstance(origin, type) and issubclass(origin, AsenaWebSocketService):
-            inner = _values_type(origin)
+            inner = _argument(origin, index)
             parameters = getattr(origin, "__parameters__", ())
             if isinstance(inner, TypeVar) and inner in parameters and get_args(base):
                 return get_args(base)[parameters.index(inner)]
@@ -412,15 +431,29 @@ def _needed(annotation: Any, cls: type, where: str) -> Any:
 
 def hooks_of(service: AsenaWebSocketService[Any]) -> Hooks:
     """The hooks of a service. Raises `ConfigurationError` for a hook or an annotation that cannot work."""
+    message_type, values_type, _ = types_of(service)
     spec, cls = spec_of(service), type(service)
     # Plain clients get no replies: what the annotations name need not even be there.
     replies = spec.reply_types if "centrifuge" in spec.protocols else {}
     return Hooks(
         service,
         AsenaWebSocketService,
-        message_type=_needed(spec.message_type, cls, "on_message"),
-        values_type=_needed(spec.values_type, cls, "its base class"),
+        message_type=message_type,
+        values_type=values_type,
         reply_types={name: _needed(kind, cls, f"what {name} returns") for name, kind in replies.items()},
+    )
+
+
+def types_of(service: AsenaWebSocketService[Any]) -> tuple[Any, Any, Any]:
+    """The types of ``on_message``'s message, of ``ws.data.values``, and of what is sent (None: not declared).
+
+    Raises as `hooks_of` does.
+    """
+    spec, cls = spec_of(service), type(service)
+    return (
+        _needed(spec.message_type, cls, "on_message"),
+        _needed(spec.values_type, cls, "its base class"),
+        _needed(spec.sends, cls, "its base class"),
     )
 
 
@@ -429,4 +462,4 @@ def bind(service: AsenaWebSocketService[Any], namespace: Namespace) -> None:
     service._namespace = namespace
 
 
-__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "on", "spec_of"]
+__all__ = ["AsenaWebSocketService", "WebSocket", "WebSocketSpec", "bind", "hooks_of", "on", "spec_of", "types_of"]

@@ -15,6 +15,7 @@ from .messages import Message, check_close, encode
 from .rooms import RoomIndex
 
 T = TypeVar("T", default=Any)
+Sent = TypeVar("Sent", default=Any)
 ProtocolName = Literal["plain", "centrifuge"]
 
 
@@ -182,8 +183,11 @@ class Home(Protocol):
         ...
 
 
-class Socket(Generic[T]):
+class Socket(Generic[T, Sent]):
     """One connected client: the same object for the whole life of its connection.
+
+    ``T`` is the type of ``ws.data.values``. With a second type, ``Socket[Visitor, Bid | Sold]``, a type checker refuses
+    to send anything else.
 
     Sending, joining and closing work from any thread. Sending never waits; what waits to be sent is limited
     (`WebSocketOptions.max_buffered_bytes`).
@@ -265,7 +269,7 @@ class Socket(Generic[T]):
         rooms = self._left_rooms
         return room in (self._namespace.index.rooms_of(self) if rooms is None else rooms)
 
-    def send(self, data: object) -> bool:
+    def send(self, data: Sent) -> bool:
         """Send to this client.
 
         Args:
@@ -280,7 +284,7 @@ class Socket(Generic[T]):
         """
         return self._namespace.send_to(self, encode(data))
 
-    def publish(self, room: str, data: object, *, exclude: Iterable[Socket[Any] | str] = ()) -> int:
+    def publish(self, room: str, data: Sent, *, exclude: Iterable[Socket[Any] | str] = ()) -> int:
         """Send to everybody in the room except this socket, which need not be a member itself.
 
         Args:
