@@ -44,18 +44,22 @@ RUNNERS = {
     "anyio": ("@pytest.mark.anyio", ""),
     "pytest_tornasync": ("", ""),
 }
-# By the names under which their entry points are registered.
-PLUGINS = {"pytest_asyncio": "asyncio", "anyio": "anyio", "pytest_tornasync": "tornado"}
+# What their entry points name.
+PLUGINS = {
+    "pytest_asyncio": "pytest_asyncio.plugin",
+    "anyio": "anyio.pytest_plugin",
+    "pytest_tornasync": "pytest_tornasync.plugin",
+}
 
 
-def run(where: Path, test: str, *arguments: str, keep: str = "") -> str:
-    """What pytest says of a test file, where only the plugin ``keep`` runs coroutines."""
+def run(where: Path, test: str, *, keep: str = "") -> str:
+    """What pytest says of a test file, with the plugin ``keep`` and ours, and no others."""
     (where / "chat.py").write_text(SERVICE)
     (where / "test_it.py").write_text("import pytest\nfrom chat import Chat\n" + test)
-    away = [f"-pno:{name}" for package, name in PLUGINS.items() if package != keep]
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "asena_tornado.pytest_plugin", *away, *arguments]
+    plugins = ["-p", "asena_tornado.pytest_plugin", *(("-p", PLUGINS[keep]) if keep else ())]
+    command = [sys.executable, "-m", "pytest", "-rA", *plugins]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["COLUMNS"] = "200"
+    environment |= {"COLUMNS": "200", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(where), str(Path(asena_tornado.__file__).parents[1])])
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=50, check=False)
     return done.stdout + done.stderr
@@ -114,7 +118,7 @@ def test_after_all_of_these(serve):
 
 
 def test_errors_of_handlers_fail_the_test_that_caused_them(tmp_path: Path):
-    said = run(tmp_path, FAILING, "-p", "no:timeout")
+    said = run(tmp_path, FAILING)
     told = "asena_tornado.testing.Failed: Chat.on_message raised ValueError: a bad message"
     assert f"FAILED test_it.py::test_raises - {told}" in said
     assert "connection/dispatch.py" not in said.partition("test_fails_anyway")[0].partition("Captured log")[0]
