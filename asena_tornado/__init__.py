@@ -29,6 +29,7 @@ from .errors import (
     UlakErrorCode,
 )
 from .inspector.inspector import Inspector
+from .ioc.every import every
 from .ioc.inject import Inject, Service
 from .server import AsenaServer
 from .transports import LocalTransport, RedisTransport, Transport
@@ -118,6 +119,7 @@ __all__ = [
     "WebSocketOptions",
     "__version__",
     "connect",
+    "every",
     "on",
     "ulak",
 ]

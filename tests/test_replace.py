@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
-import socket
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,19 +27,6 @@ from asena_tornado import (
     Service,
     WebSocket,
 )
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A free port; whatever serves it is stopped afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number = probe.getsockname()[1]
-    yield number
-    from asena_tornado.server import _running
-
-    for server in [server for server in _running if server.port == number]:
-        server.stop()
-
 
 Connect = Callable[[AsenaServer, str], Awaitable[Client]]
 
@@ -203,6 +189,21 @@ async def test_components_of_the_old_server_stop_and_a_shared_instance_goes_on(p
     new.stop()
     assert calls.count("start shared") == calls.count("stop shared") == 1
     assert calls.count("start own") == calls.count("stop own") == 2
+
+
+async def test_a_server_that_was_replaced_refuses_to_start_and_the_clients_stay(port: int, connect: Connect) -> None:
+    old = AsenaServer(chat("old"), port=port).start()
+    client = await connect(old, "/chat")
+    new = AsenaServer(chat("new"), port=port).start()
+    for hosting in ("thread", "kernel"):
+        with pytest.raises(ServerStateError, match=r"replaced by a newer one.* make another"):
+            old.start(hosting=hosting)
+    await client.send("hello")
+    assert await client.recv() == "new anonymous: hello"
+    new.stop()
+    with pytest.raises(ServerStateError, match="replaced by a newer one"):
+        await old.__aenter__()
+    assert old.state == "replaced"
 
 
 async def test_a_server_hosted_another_way_is_not_replaced(port: int) -> None:

@@ -278,11 +278,16 @@ async def test_a_busy_port_is_an_error_that_says_what_to_do(
         server = AsenaServer(Echo, port=port, address=address)
         where = address or "every interface"
         with pytest.raises(
-            PortInUseError, match=rf"port {port} on {where} is already in use: .*port=0 picks a free one"
+            PortInUseError, match=rf"port {port} on {where} is already in use.*port=0 picks a free one"
         ) as error:
             await server.__aenter__() if hosting == "caller" else server.start(hosting=hosting)
         assert (error.value.port, error.value.address, error.value.errno) == (port, address, errno.EADDRINUSE)
         assert server.state == "stopped"
+        assert error.value.__cause__ is None
+        free = re.search(r"(\d+) is free", str(error.value))
+        assert free is not None
+        with AsenaServer(Echo, port=int(free[1]), address=address) as another:
+            await echo(another)
     # While the error is still at hand, and with it whatever its traceback refers to:
     with server:
         assert server.port == port

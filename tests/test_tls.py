@@ -1,11 +1,13 @@
-"""The same over TLS, where bytes go through Tornado's streams."""
+"""The same over TLS."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import queue
+import shutil
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -336,3 +338,42 @@ def test_a_client_that_does_not_speak_tls_does_not_hold_up_others(serve, wires):
     for each in (silent, plain, garbage):
         assert b"HTTP/1.1 101" not in each.rest()
         wire.echo()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl")
+def test_the_client_may_change_the_keys_and_ask_for_the_servers_to_change(serve):
+    place = serve()
+    other, _ = place.enter()
+    client = subprocess.Popen(
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{place.server.port}", "-tls1_3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    assert client.stderr is not None
+
+    def read_until(stream: Any, end: bytes) -> None:
+        seen = b""
+        while end not in seen:
+            data = stream.read(65536)
+            assert data, f"{end!r} is missing after {seen!r}"
+            seen += data
+
+    try:
+        client.stdin.write(
+            b"GET /x HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        read_until(client.stdout, b"\r\n\r\n")
+        for number in range(3):
+            client.stdin.write(b"K\n")  # new keys, of both sides
+            read_until(client.stderr, b"KEYUPDATE")
+            text = b"after %d" % number
+            client.stdin.write(other.frame(1, text))
+            read_until(client.stdout, b"\x81\x07" + text)
+    finally:
+        client.kill()
+        client.communicate()

@@ -64,12 +64,24 @@ def listen(port: int, address: str | None) -> list[socket.socket]:
             if port == 0 and attempt < 4:
                 continue  # the port that was free in one family was not in the other
             raise PortInUseError(
-                f"port {port} on {address or 'every interface'} is already in use: "
-                "stop what listens there, or choose another port (port=0 picks a free one)",
+                f"port {port} on {address or 'every interface'} is already in use, perhaps by another notebook: "
+                f"stop what listens there, or choose another port ({_next_free(places, port)}port=0 picks a free one)",
                 port=port,
                 address=address,
-            ) from error
+            ) from None  # a page less in a notebook, and nothing that the message does not say
     raise AssertionError("unreachable")
+
+
+def _next_free(places: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> str:
+    for number in range(port + 1, min(port + 20, 65536)):
+        try:
+            listeners = _listeners(places, number)
+        except OSError:
+            continue
+        for listener in listeners:
+            listener.close()
+        return f"{number} is free, and "
+    return ""
 
 
 def _listeners(addresses: Sequence[tuple[socket.AddressFamily, Any]], port: int) -> list[socket.socket]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, get_origin, overload
 
 from ..errors import InjectionError, ServerStateError, must_propagate
+from .every import Ticking
 from .graph import UNBUILT, Graph, InjectionPoint, Node, mark_of
 from .inject import Component, Injected, Reference, fill_in, shown
 
@@ -28,7 +29,8 @@ class Container:
     """The components of one server.
 
     ``add`` what is listed, ``provide`` what exists already, ``override`` in tests; then ``build`` makes every
-    component, and ``start`` and ``stop`` run their ``on_start`` and ``on_stop``, both on the same event loop.
+    component, and ``start`` and ``stop`` run their ``on_start`` and ``on_stop``, both on the same event loop. In
+    between, the methods run that `every` has marked.
     """
 
     def __init__(self, *components: Any) -> None:
@@ -39,6 +41,7 @@ class Container:
         self._is_built = False
         self._running = False
         self._started: list[Node] = []
+        self._ticking: dict[int, Ticking] = {}  # by the identity of the component, which may not be hashable
         self._lock = asyncio.Lock()
         for item in components:
             self.add(item)
@@ -194,9 +197,13 @@ class Container:
                         await _run(node, "on_start")
                 except BaseException as error:
                     error.add_note(f"raised by {node.label}.on_start(); the components that had started were stopped")
+                    if running is not None:
+                        self._leave_to(running)
                     await self._stop_started()
                     raise
                 self._started.append(node)
+                if running is None or not running.runs(node.instance):
+                    self._ticking[id(node.instance)] = Ticking(node.instance)
             self._running = True
 
     async def stop(self, *, successor: Container | None = None, until: float | None = None) -> None:
@@ -211,12 +218,26 @@ class Container:
         async with self._lock:
             self._running = False
             if successor is not None:
-                self._started = [node for node in self._started if not successor.runs(node.instance)]
+                self._leave_to(successor)
             await self._stop_started(until)
 
     def runs(self, instance: object) -> bool:
         """Whether the instance has started here, and not stopped."""
         return any(node.instance is instance for node in self._started)
+
+    def stop_ticking(self, successor: Container) -> None:
+        """Run the methods that `every` has marked no more, except those of what runs in ``successor``, too."""
+        self._leave_to(successor)
+        for ticking in self._ticking.values():
+            ticking.cancel()
+
+    def _leave_to(self, other: Container) -> None:
+        """Forget what runs in the other one, too: it goes on there."""
+        kept = [node for node in self._started if other.runs(node.instance)]
+        for node in kept:
+            if (ticking := self._ticking.pop(id(node.instance), None)) is not None:
+                other._ticking[id(node.instance)] = ticking
+            self._started.remove(node)
 
     async def _stop_started(self, until: float | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -225,6 +246,8 @@ class Container:
             limit = None if until is None else max(until, loop.time() + _MOMENT)
             try:
                 async with asyncio.timeout_at(limit) as waiting:
+                    if (ticking := self._ticking.pop(id(node.instance), None)) is not None:
+                        await ticking.stop()
                     await _run(node, "on_stop")
             except TimeoutError:
                 if waiting.expired():

@@ -39,7 +39,7 @@ class Component:
 
 
 _HOOKS = ("on_start", "on_stop")
-_MARKS = ("__asena_routes__", "__asena_on__")  # of methods that decorators have found a use for
+_MARKS = ("__asena_routes__", "__asena_on__", "__asena_every__")  # of methods that decorators have found a use for
 
 
 def component(

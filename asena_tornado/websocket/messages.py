@@ -146,15 +146,15 @@ def _plain(value: Any) -> Any:
 class Decoder:
     """Turns a client's message into what the annotation of ``on_message`` asks for.
 
-    ``str`` or nothing: the text. ``bytes``: the bytes. ``str | bytes``: either, as it came. Anything else is
+    ``str``: the text. ``bytes``: the bytes. ``str | bytes``, or nothing: either, as it came. Anything else is
     parsed as JSON by pydantic, from a text or a binary frame. ``Annotated[str, …]`` is validated as text, not as JSON.
     """
 
     __slots__ = ("_raw", "_validator", "_wants")
 
-    def __init__(self, annotation: Any = str) -> None:
+    def __init__(self, annotation: Any = str | bytes) -> None:
         if annotation is inspect.Parameter.empty or annotation is Any or annotation is None:
-            annotation = str
+            annotation = str | bytes
         self._wants = _shown(annotation)
         parts = {_bare(part) for part in _parts(_bare(annotation))} - {type(None)}
         # The kinds of frame that are taken as they are.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any, Generic, Literal, Protocol
 
 from typing_extensions import TypeVar
@@ -178,15 +179,27 @@ class Socket(Generic[T]):
         remote_address: The client's IP address.
     """
 
-    __slots__ = ("__weakref__", "_connection", "_left_rooms", "_namespace", "data", "remote_address")
+    __slots__ = ("__weakref__", "_connection", "_left_rooms", "_namespace", "_state", "data", "remote_address")
 
     _connection: Wire
 
     def __init__(self, namespace: Home, data: SocketData[T], remote_address: str) -> None:
         self._namespace = namespace
         self._left_rooms: dict[str, None] | None = None  # what on_close sees, once the socket has left its rooms
+        self._state: SimpleNamespace | None = None
         self.data = data
         self.remote_address = remote_address
+
+    @property
+    def state(self) -> SimpleNamespace:
+        """What the service notes about this client: ``ws.state.score = 0``.
+
+        It is empty at first, and belongs to the service alone: nobody else reads or writes it. It lasts as long as the
+        socket; a service that is replaced, as when a cell is run again, passes it on.
+        """
+        if self._state is None:
+            self._state = SimpleNamespace()
+        return self._state
 
     @property
     def id(self) -> str:

@@ -40,10 +40,14 @@ OURS, BASELINE = "asena_tornado", "tornado"
 AIMS: list[tuple[str, str, float]] = [
     ("fanout-32", "bun", 1.0),
     ("fanout-32", "tornado", 40.0),
+    ("fanout-32-paced", "bun", 0.9),
     ("fanout-1", "bun", 0.95),
-    ("echo-16", "picows", 1.0),
-    ("echo-1", "tornado", 4.0),
-    ("handshakes", "tornado", 1.5),
+    ("echo-16-pieces", "picows", 2.0),
+    ("echo-1", "picows", 1.0),
+    ("echo-1", "bun", 0.9),
+    ("echo-alone", "picows", 1.0),
+    ("handshakes", "picows", 1.0),
+    ("handshakes", "tornado", 2.0),
     *(("memory", peer, 1.0) for peer in PEERS if peer != "bun" and not peer.startswith(OURS)),
 ]
 

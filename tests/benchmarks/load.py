@@ -20,6 +20,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import struct
 import time
 import zlib
@@ -41,7 +42,8 @@ class Case:
     `sockets` are clients, `payload` is bytes per message, `in_flight` is how many messages are kept on their
     way at a time: by the publisher of a fan-out (where one has arrived when everybody has it), by each socket
     of an echo. `paced`: the publisher of a fan-out goes on when it has its own copy, so that more messages arrive
-    while the room is still being written. `pieces`: each message of an echo is a send of its own.
+    while the room is still being written. `pieces`: each message of an echo is a send of its own. `tls`: all of it
+    goes over TLS.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Case:
     compress: bool = False
     paced: bool = False
     pieces: bool = False
+    tls: bool = False
     lower_is_better: bool = False
     host: str | None = None  # the program that serves it, when it is not simply the peer's server
 
@@ -80,6 +83,12 @@ CASES: dict[str, Case] = {
         Case("echo-16", "Echo on 100 sockets, 16 in flight", "echo", "echo", "messages/s", 100, 16),
         Case("echo-16-pieces", "Echo on 100 sockets, 16 in flight, each sent by itself",
              "echo", "echo", "messages/s", 100, 16, pieces=True),
+        Case("fanout-1-tls", "Fan-out to 1,000 over TLS, 1 in flight",
+             "fan-out", "room", "deliveries/s", 1_000, 1, tls=True, host="tls"),
+        Case("fanout-32-tls", "Fan-out to 1,000 over TLS, 32 in flight",
+             "fan-out", "room", "deliveries/s", 1_000, 32, tls=True, host="tls"),
+        Case("echo-1-tls", "Echo on 100 sockets over TLS, 1 in flight",
+             "echo", "echo", "messages/s", 100, 1, tls=True, host="tls"),
         Case("echo-alone", "Echo on 1 socket, 1 in flight", "echo", "echo", "messages/s", 1, 1),
         Case("handshakes", "Connect, 101, close; 64 at a time", "handshakes", "echo", "handshakes/s", 64),
         Case("memory", "Memory per idle connection, of 5,000", "memory", "echo", "KiB", 5_000,
@@ -168,6 +177,44 @@ def header(data: bytes | memoryview, at: int, end: int) -> tuple[int, int, int] 
 # ---- one client, blocking: for connecting and for looking closely
 
 
+class TlsSocket:
+    """A socket that speaks TLS, and is read and written like one that does not."""
+
+    CONTEXT = ssl.create_default_context()
+    CONTEXT.check_hostname = False
+    CONTEXT.verify_mode = ssl.CERT_NONE
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = self.CONTEXT.wrap_socket(sock)
+        self.fileno = self._sock.fileno
+        self.setblocking = self._sock.setblocking
+        self.sendall = self._sock.sendall
+        self.recv = self._sock.recv
+        self.close = self._sock.close
+
+    def send(self, data: bytes | memoryview) -> int:
+        """BlockingIOError if nothing can be sent now."""
+        try:
+            return self._sock.send(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """All that has arrived: a read of TLS ends with its record. BlockingIOError if that is nothing."""
+        count = 0
+        while count < len(buffer):
+            try:
+                n = self._sock.recv_into(buffer[count:])
+            except ssl.SSLWantReadError:
+                if not count:
+                    raise BlockingIOError from None
+                break
+            if not n:
+                break
+            count += n
+        return count
+
+
 class Client:
     """A connection while it is set up and checked. `request` and `accept` are apart so that many can be on
     their way."""
@@ -175,7 +222,9 @@ class Client:
     KEY = "AAAAAAAAAAAAAAAAAAAAAA=="
     ACCEPT = b"ICX+Yqv66kxgM0FcWaLWlFLwTAI="  # base64(sha1(KEY + the GUID of RFC 6455 §1.3))
 
-    def __init__(self, port: int, path: str, dialect: Dialect = "websocket", *, compress: bool = False) -> None:
+    def __init__(
+        self, port: int, path: str, dialect: Dialect = "websocket", *, compress: bool = False, tls: bool = False
+    ) -> None:
         self.dialect = dialect
         self.path = path
         self.frame_size = 0  # bytes on the wire of the message read last
@@ -190,13 +239,15 @@ class Client:
             + (f"Sec-WebSocket-Extensions: {offer}\r\n" if compress else "")
             + "\r\n"
         ).encode()
-        self.sock = socket.socket()
+        self.sock: socket.socket | TlsSocket = socket.socket()
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # One loopback address has 28,000 ports to connect from; closed connections hold theirs for a minute.
         self.sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT, not named by Python 3.11
         self.sock.bind((f"127.0.0.{random.randint(2, 250)}", 0))
         self.sock.settimeout(PATIENCE)
         self.sock.connect(("127.0.0.1", port))
+        if tls:
+            self.sock = TlsSocket(self.sock)
 
     def request(self) -> None:
         self.sock.sendall(self._request)
@@ -276,7 +327,10 @@ def connect(count: int, case: Case, port: int, dialect: Dialect) -> list[Client]
     """`count` clients of the case, each in its room; 64 at a time, which every listen backlog can hold."""
     clients: list[Client] = []
     while len(clients) < count:
-        batch = [Client(port, case.path, dialect, compress=case.compress) for _ in range(min(64, count - len(clients)))]
+        batch = [
+            Client(port, case.path, dialect, compress=case.compress, tls=case.tls)
+            for _ in range(min(64, count - len(clients)))
+        ]
         for client in batch:
             client.request()
         for client in batch:

@@ -44,6 +44,20 @@ def asena_tornado_uvloop(port: int) -> None:
     AsenaServer(*asena_services(), port=port).run()
 
 
+def asena_tls(port: int) -> None:
+    """The same over TLS, with a certificate of its own."""
+    import ssl
+
+    import trustme
+
+    from asena_tornado import AsenaServer
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("localhost", HOST).configure_cert(context)
+    sys.modules["uvloop"] = None  # type: ignore[assignment]  # as `asena_tornado`
+    AsenaServer(*asena_services(), port=port, ssl_options=context).run()
+
+
 def asena_services() -> list[type]:
     from asena_tornado import AsenaWebSocketService, Socket, WebSocket, WebSocketOptions
 
@@ -381,7 +395,7 @@ class Peer:
     def cannot(self, case: Case) -> str | None:
         """Why this peer does not take part in a case, or None if it does."""
         if case.host is not None and self.serve is not asena_tornado:
-            return "has no inspector"
+            return "is not asked"
         return self.without.get(case.name)
 
 
@@ -408,7 +422,8 @@ PEERS: dict[str, Peer] = {
 
 # Programs that stand in for a peer's server in one case.
 HOSTS: dict[str, Callable[[int], None]] = {
-    f"notebook-{cell}": partial(asena_notebook, cell=cell) for cell in ("idle", "busy", "computing")
+    **{f"notebook-{cell}": partial(asena_notebook, cell=cell) for cell in ("idle", "busy", "computing")},
+    "tls": asena_tls,
 }
 
 
