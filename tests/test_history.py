@@ -700,6 +700,8 @@ async def through_losses(client: Client, server: AsenaServer, *, asks_for_histor
         ws.terminate()
     subscribed = await client.event("subscribed", "asked")
     assert (subscribed["wasRecovering"], subscribed["recovered"]) == (True, False)
+    await client.do("disconnect")
+    await client.event("disconnected")
 
 
 async def test_live_client() -> None:

@@ -832,6 +832,12 @@ async def test_every_member_hears_each_offset_once_or_is_told(
             tops = {room: {member.positions[room] for member in members} for room in ("home", *Member.ROOMS)}
             assert all(len(positions) == 1 for positions in tops.values()), tops
             counts += truth.counts
+            for node in nodes:
+                namespace = node.namespaces["/chat"]
+                await until(lambda namespace=namespace: not namespace.rooms and namespace.empty)  # type: ignore[misc]
+                histories: Any = namespace.histories
+                assert histories._begun == {}
+                assert getattr(histories, "_followers", {}) == {}
         finally:
             if vandal is not None:
                 vandal.cancel()

@@ -185,9 +185,12 @@ class CentrifugeConnection(Connection):
             self._outbox.flush()  # a pong
         # The outbox adds to what is owed already, and writes it only where it has begun the list itself.
         self.owed, self.owed_counts = [], []
-        self.lose_room = self._session.room_lost
         self._namespace.admit(self.socket)
         self._loop.call_later(_HELD_CHECK, self._check_held)
+
+    def lose_room(self, room: str) -> None:
+        """It has missed something in the room that nobody has any more: tell it."""
+        self._session.room_lost(room)
 
     def _check_held(self) -> None:
         if self.state is ReadyState.OPEN and self.tell_room is None:

@@ -62,7 +62,6 @@ class Connection:
         "deflate",
         "dropped",
         "heard_at",
-        "lose_room",
         "messages_out",
         "owed",
         "owed_counts",
@@ -111,7 +110,6 @@ class Connection:
         self.coded = deflate is not None
         self.pushed = False
         self.tell_room: Callable[[str, bool], None] | None = None
-        self.lose_room: Callable[[str], None] | None = None
         self._dispatch = self._new_dispatch()
         self._parser = FrameParser(self._dispatch, self, max_message_size=options.max_message_size, inflater=deflate)
         self._limit = options.max_buffered_bytes
@@ -136,6 +134,9 @@ class Connection:
 
     def _new_dispatch(self) -> Dispatch:
         return Dispatch(self._loop, self, namespace=self._namespace, options=self._options, keepalive=self._keepalive)
+
+    def lose_room(self, room: str) -> None:
+        """It has missed something in the room for good; plain clients have no positions that this would concern."""
 
     def start(self, received: bytes) -> None:
         """Admit the socket, run ``on_open``, and read; ``received`` is what came along with the handshake."""

@@ -44,9 +44,15 @@ class RoomOptions(BaseModel):
     A room with a history keeps what is sent to it with ``to`` and ``publish``, by whomever. Centrifuge clients that
     come back get what they missed, if all of it is still there; see also `AsenaWebSocketService.history`.
 
+    A message to several rooms is kept in each that has a history. Who is in several of them gets it once, with the
+    offset of the first of them as they were named, or of the first that comes back from the transport; after a loss of
+    the connection it may come once more for another. Whoever was left out with ``exclude``, as the sender of `publish`
+    is, finds the message in the history, and gets it when coming back.
+
     In memory, a room also keeps at most 64 MiB, and all rooms of a server together 256 MiB, and the offsets of the
-    100,000 rooms that were used last; what is older goes first. With a transport, the members of such a room get each
-    message when it comes back from the transport, so that the order is the same on all servers.
+    100,000 rooms that were used last; what is older goes first. All of it ends with the server. With a transport, the
+    members of such a room get each message when it comes back from the transport, so that the order is the same on all
+    servers; while the transport cannot be reached, nobody gets it.
 
     Attributes:
         history_size (default 0): The most messages that are kept for each room; 0 keeps none.
@@ -358,8 +364,9 @@ class MemoryHistory:
             size, ttl = allowed
             while len(record.entries) > size:
                 self._drop_first(record)
-            for entry in record.entries:
-                entry.until = min(entry.until, now + ttl)
+            if record.entries and record.entries[-1].until > now + ttl:
+                for entry in record.entries:
+                    entry.until = min(entry.until, now + ttl)
             record.due = False
             if record.entries:
                 self._list(key, record)

@@ -253,9 +253,7 @@ class Namespace:
     def lose(self, room: str) -> None:
         """The members of the room have missed something that nobody has any more; on the loop."""
         for socket in tuple(self.index.members(room)):
-            lose_room = socket._connection.lose_room
-            if lose_room is not None:
-                lose_room(room)
+            socket._connection.lose_room(room)
 
     # -- who is told
 

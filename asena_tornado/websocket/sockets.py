@@ -81,8 +81,6 @@ class Wire(Protocol):
     reconnected: bool
     # Called when the socket has come into a room (True), or left one; None where the client is not told.
     tell_room: Callable[[str, bool], None] | None
-    # Called when it has missed something in the room that nobody has any more; None likewise.
-    lose_room: Callable[[str], None] | None
 
     @property
     def protocol(self) -> ProtocolName:
@@ -125,6 +123,10 @@ class Wire(Protocol):
 
     def ping(self, payload: bytes) -> None:
         """Send a ping."""
+        ...
+
+    def lose_room(self, room: str) -> None:
+        """It has missed something in the room that nobody has any more."""
         ...
 
     def close(self, code: int, reason: str) -> None:
