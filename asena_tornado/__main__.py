@@ -1,4 +1,4 @@
-"""``python -m asena_tornado demo``, ``--version``, and, each with ``module:server``, ``serve``, ``asyncapi``, ``types``."""
+"""``python -m asena_tornado demo`` and ``--version``; with ``module:server``: ``serve``, ``asyncapi``, ``types``."""
 
 from __future__ import annotations
 
