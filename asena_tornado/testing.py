@@ -1222,6 +1222,7 @@ class FakeSocket(Socket[Any, Any]):
         self.published: list[tuple[str, Any]] = []
         self.closed: tuple[int, str] | None = None
         self._protocol: ProtocolName = protocol
+        self._state = None
         self._rooms: dict[str, None] = {}
 
     @property
@@ -1233,6 +1234,11 @@ class FakeSocket(Socket[Any, Any]):
     def protocol(self) -> ProtocolName:
         """What it was made with."""
         return self._protocol
+
+    @property
+    def subprotocol(self) -> str | None:
+        """None was agreed on."""
+        return None
 
     @property
     def ready_state(self) -> ReadyState:

@@ -171,4 +171,4 @@ def test_a_busy_port_is_said_in_one_line(tmp_path: Path):
     with command("serve", "app:server", cwd=tmp_path) as process:
         _, error = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert re.fullmatch(r"error: port \d+ on localhost is already in use: .*\n", error)
+    assert re.fullmatch(r"error: port \d+ on localhost is already in use, .*\n", error)

@@ -503,9 +503,12 @@ async def test_a_handler_can_be_called_without_a_server():
 
 def test_a_fake_socket_has_all_that_a_socket_has():
     """What it does not override would ask a connection that is not there."""
-    inherited = {"id", "data", "remote_address"}
+    inherited = {"id", "data", "remote_address", "state"}
     public = {name for name in vars(Socket) if not name.startswith("_")} - inherited
-    assert public <= set(vars(type(fake_socket())))
+    fake = fake_socket()
+    assert public <= set(vars(type(fake)))
+    fake.state.score = 1
+    assert fake.state.score == 1
 
 
 async def test_serve_ends_a_test_of_its_own():
