@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 from asena_tornado import (
     AsenaServer,
@@ -28,6 +29,7 @@ from asena_tornado import (
     RoomOptions,
     Socket,
     WebSocket,
+    WebSocketOptions,
 )
 from asena_tornado.inspector.snapshots import RoomHistory
 from asena_tornado.transports import TransportHistory
@@ -597,6 +599,35 @@ async def test_the_history_command() -> None:
         assert await ask(limit="1") == await ask(reverse=1) == await ask(since=[]) == 107
         reply = await client.ask({"history": {"channel": "log", "limit": 1}, "id": 4})
         assert reply["history"]["publications"] == [{"data": 1, "offset": 1}]
+
+
+async def test_a_slow_client_in_a_room_with_a_history_has_to_come_back_for_what_was_dropped() -> None:
+    options = WebSocketOptions(slow_client_policy="drop", max_buffered_bytes=100_000)
+
+    @WebSocket("/chat", rooms=ROOMS, options=options)
+    class Dropping(Chat):
+        pass
+
+    async with running(Dropping) as server, raw(server, max_queue=1) as client, raw(server, max_queue=1) as other:
+        for each, room in ((client, "log"), (other, "plain:1")):
+            await each.connect()
+            await subscribe(each, room)
+        for _ in range(1000):
+            service(server).to(["log", "plain:1"], "x" * 20_000)
+            await asyncio.sleep(0)
+        assert server.namespaces["/chat"].dropped
+        service(server).to("log", "later")
+        offsets: list[int] = []
+        with suppress(ConnectionClosed):
+            while True:
+                offsets.append((await client.hear())["push"]["pub"]["offset"])
+        assert client.connection.close_code == 3008
+        assert offsets == list(range(1, len(offsets) + 1))
+        await other.say({"publish": {"channel": "plain:1", "data": "still here"}, "id": 5})
+        heard = await other.hear()
+        while heard["push"]["pub"]["data"] != "still here":
+            heard = await other.hear()
+        other.connection.transport.abort()
 
 
 async def test_plain_clients_get_what_they_always_got() -> None:
