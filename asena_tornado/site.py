@@ -198,7 +198,7 @@ class Site:
             else:
                 namespace.remember(OwnHistories(namespace, rules, keeper))
         keeper.memory.limit(self._allowed)
-        keeper.memory.forgotten = self._forgotten
+        keeper.memory.held = self._held
 
     def _allowed(self, key: tuple[str, str]) -> tuple[int, float] | None:
         """How much a room may remember, and for how many seconds."""
@@ -207,10 +207,10 @@ class Site:
         rule = None if namespace is None or namespace.rules is None else namespace.rules.history(room)
         return None if rule is None else (rule.history_size, rule.history_ttl)
 
-    def _forgotten(self, key: tuple[str, str]) -> None:
+    def _held(self, key: tuple[str, str]) -> bool:
+        """Whether a room has members, who know its offset."""
         path, room = key
-        if path in self.namespaces:
-            self.namespaces[path].lose(room)
+        return path in self.namespaces and bool(self.namespaces[path].members(room))
 
     async def start(self) -> None:
         """Join the cluster and run every ``on_start``. If one raises, nothing is left started."""

@@ -6,13 +6,15 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 from asena_tornado import (
     AsenaServer,
@@ -27,10 +29,13 @@ from asena_tornado import (
     RoomOptions,
     Socket,
     WebSocket,
+    WebSocketOptions,
 )
 from asena_tornado.inspector.snapshots import RoomHistory
 from asena_tornado.transports import TransportHistory
-from asena_tornado.websocket.history import MemoryHistory, RoomRules
+from asena_tornado.websocket.history import MemoryHistory, OwnHistories, RoomRules
+from asena_tornado.websocket.messages import TEXT, Publication
+from asena_tornado.websocket.namespace import Namespace
 from tests.scripts import Client
 from tests.test_asena_js import ASENA, node, packages
 from tests.test_centrifuge import Raw, raw
@@ -298,9 +303,7 @@ def test_a_room_that_is_used_all_the_time_expires_too() -> None:
 
 
 def test_what_is_kept_is_bounded_per_room_and_for_all_rooms_together() -> None:
-    gone: list[str] = []
     memory = MemoryHistory(max_rooms=3, max_bytes=10_000, max_room_bytes=5000)
-    memory.forgotten = gone.append
     for i in range(20):
         memory.append("large", i, 1000, size=100, ttl=60)
     assert [entry.item for entry in memory.read("large")[2]] == [17, 18, 19]
@@ -312,7 +315,7 @@ def test_what_is_kept_is_bounded_per_room_and_for_all_rooms_together() -> None:
     assert memory.position("large")[1] == 20
     epoch, _ = memory.position("b")
     memory.append("d", 1, 1, size=1, ttl=1)
-    assert gone == ["c"]  # it was used longest ago
+    assert memory.keys() == ["large", "b", "d"]  # the other one was used longest ago
     for room in ("e", "f", "large"):
         memory.append(room, 1, 1, size=1, ttl=1)
     assert memory.position("b") != (epoch, 20)  # and begins anew
@@ -344,16 +347,45 @@ async def test_a_servers_memory_is_freed_when_the_time_is_over(monkeypatch: pyte
         assert (await service(server).history("a")).offset == 1
 
 
-async def test_members_of_a_room_that_had_to_be_forgotten_are_told() -> None:
-    async with running() as server, raw(server) as client:
+def test_rooms_that_are_forgotten_leave_nothing_behind() -> None:
+    memory = MemoryHistory(max_rooms=10)
+    for i in range(1000):
+        memory.append(i, "item", 1, size=5, ttl=3600)
+    for _ in range(1000):
+        memory.forget("again")
+        memory.append("again", "item", 1, size=5, ttl=3600)
+    assert len(memory.keys()) == 10
+    assert len(memory._due) < 200
+    memory.limit(lambda _: (5, 3600))
+    assert len(memory._due) == 10
+
+
+def test_who_has_published_an_entry_counts_as_well() -> None:
+    memory = MemoryHistory(max_room_bytes=20_000)
+    histories = OwnHistories(Namespace("/chat", None, options=None), RoomRules(ROOMS), keeper_of(memory))  # type: ignore[arg-type]
+    for _ in range(10):
+        histories.append(("a",), Publication(TEXT, b"1", is_json=True, info=b'"' + b"x" * 5000 + b'"'))
+    assert memory.bytes <= 20_000
+
+
+def keeper_of(memory: MemoryHistory) -> Any:
+    return SimpleNamespace(memory=memory, waking=True)
+
+
+@pytest.mark.parametrize("hub", [None, "held"])
+async def test_rooms_with_members_are_not_forgotten_for_others(hub: str | None) -> None:
+    async with running(transport=LocalTransport(hub)) as server, raw(server) as client:
         await client.connect()
-        server._site.transport.history.memory._max_rooms = 2  # type: ignore[attr-defined]
+        memory = server._site.transport.history.memory  # type: ignore[attr-defined]
+        memory._max_rooms = 2
         first = await subscribe(client, "a")
+        for i in range(10):
+            service(server).to(f"other {i}", "x")
+        service(server).to("a", "still here")
+        assert await client.hear() == pub("a", "still here", 1)
+        assert len(memory.keys()) == 2
+        await client.ask({"unsubscribe": {"channel": "a"}, "id": 3})
         service(server).to(["b", "c"], "x")
-        assert await client.hear() == {
-            "push": {"channel": "a", "unsubscribe": {"code": 2500, "reason": "insufficient state"}}
-        }
-        assert not server.namespaces["/chat"].rooms
         again = await subscribe(client, "a", recover=True, epoch=first["epoch"], offset=first["offset"])
         assert (again["recovered"], again["epoch"] != first["epoch"]) == (False, True)
 
@@ -567,6 +599,35 @@ async def test_the_history_command() -> None:
         assert await ask(limit="1") == await ask(reverse=1) == await ask(since=[]) == 107
         reply = await client.ask({"history": {"channel": "log", "limit": 1}, "id": 4})
         assert reply["history"]["publications"] == [{"data": 1, "offset": 1}]
+
+
+async def test_a_slow_client_in_a_room_with_a_history_has_to_come_back_for_what_was_dropped() -> None:
+    options = WebSocketOptions(slow_client_policy="drop", max_buffered_bytes=100_000)
+
+    @WebSocket("/chat", rooms=ROOMS, options=options)
+    class Dropping(Chat):
+        pass
+
+    async with running(Dropping) as server, raw(server, max_queue=1) as client, raw(server, max_queue=1) as other:
+        for each, room in ((client, "log"), (other, "plain:1")):
+            await each.connect()
+            await subscribe(each, room)
+        for _ in range(1000):
+            service(server).to(["log", "plain:1"], "x" * 20_000)
+            await asyncio.sleep(0)
+        assert server.namespaces["/chat"].dropped
+        service(server).to("log", "later")
+        offsets: list[int] = []
+        with suppress(ConnectionClosed):
+            while True:
+                offsets.append((await client.hear())["push"]["pub"]["offset"])
+        assert client.connection.close_code == 3008
+        assert offsets == list(range(1, len(offsets) + 1))
+        await other.say({"publish": {"channel": "plain:1", "data": "still here"}, "id": 5})
+        heard = await other.hear()
+        while heard["push"]["pub"]["data"] != "still here":
+            heard = await other.hear()
+        other.connection.transport.abort()
 
 
 async def test_plain_clients_get_what_they_always_got() -> None:

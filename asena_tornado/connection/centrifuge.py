@@ -219,8 +219,16 @@ class CentrifugeConnection(Connection):
         if replied and self.dropped > dropped and self.messages_out - taken < sum(counts[:replied]):
             self._reply_dropped()
 
+    def _overflow(self, count: int) -> None:
+        """Whatever the policy: in a room with a history, a client would take what comes later for all there was."""
+        super()._overflow(count)
+        histories, rooms = self._namespace.histories, self._namespace.rooms_of(self.socket)
+        if not self._overflowing and histories is not None and any(map(histories.remembers, rooms)):
+            self._reply_dropped()
+
     def _reply_dropped(self) -> None:
         """Whatever the policy: without its replies a client does not know where it is. Once it is back, it does."""
+        self._overflowing = True  # nothing more is sent
         self._loop.call_soon(self.close, 1013)
 
     def reply(self, text: bytes) -> None:

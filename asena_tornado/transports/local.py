@@ -213,6 +213,7 @@ class _Hub:
     def __init__(self) -> None:
         self.members: list[LocalTransport] = []
         self.memory = MemoryHistory()
+        self.memory.held = lambda channel: any(channel in member.history.followed for member in self.members)
 
 
 # Hubs of this process by name. Publishing from one server's loop reads what others change.

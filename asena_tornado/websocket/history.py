@@ -33,6 +33,7 @@ MAX_ROOM_BYTES = 64 * 1024 * 1024  # of entries of one room
 
 _OVERHEAD = 256  # bytes that an entry takes besides its data
 _FOUND = 10_000  # names of rooms whose options are looked up once
+_LOOKED_AT = 8  # rooms that may have to be forgotten before a new one is remembered
 
 
 class RoomOptions(BaseModel):
@@ -50,9 +51,9 @@ class RoomOptions(BaseModel):
     is, finds the message in the history, and gets it when coming back.
 
     In memory, a room also keeps at most 64 MiB, and all rooms of a server together 256 MiB, and the offsets of the
-    100,000 rooms that were used last; what is older goes first. All of it ends with the server. With a transport, the
-    members of such a room get each message when it comes back from the transport, so that the order is the same on all
-    servers; while the transport cannot be reached, nobody gets it.
+    100,000 rooms that were used last, and of those that have members; what is older goes first. All of it ends with the
+    server. With a transport, the members of such a room get each message when it comes back from the transport, so that
+    the order is the same on all servers; while the transport cannot be reached, nobody gets it.
 
     Attributes:
         history_size (default 0): The most messages that are kept for each room; 0 keeps none.
@@ -276,7 +277,7 @@ class _Record:
         self.offset = 0
         self.entries: deque[Stored] = deque()
         self.weight = 0
-        self.due = False  # listed among those with something that expires
+        self.due = 0  # where it is listed among those with something that expires; 0: not
 
 
 def new_epoch() -> str:
@@ -287,7 +288,7 @@ def new_epoch() -> str:
 class MemoryHistory:
     """Histories in memory, by any key. Used on one thread at a time; `sweep` has to be called now and then.
 
-    ``forgotten`` is called with the key of a room whose offset is no longer remembered, as too many others are.
+    ``held`` tells of a room's key whether its offset has to be remembered even when there are too many others.
     """
 
     def __init__(
@@ -298,12 +299,13 @@ class MemoryHistory:
         max_room_bytes: int = MAX_ROOM_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.forgotten: Callable[[Any], None] | None = None
+        self.held: Callable[[Any], bool] | None = None
         self.bytes = 0  # of all entries
         self._max_rooms, self._max_bytes, self._max_room_bytes = max_rooms, max_bytes, max_room_bytes
         self._clock = clock
         self._records: OrderedDict[Hashable, _Record] = OrderedDict()  # the one used last is last
         # When the oldest entry of a room expires: each room with entries is listed once, as early as that or earlier.
+        # Of rooms that were forgotten, some are still listed; they are told apart by their numbers.
         self._due: list[tuple[float, int, Hashable]] = []
         self._listed = 0
 
@@ -367,7 +369,7 @@ class MemoryHistory:
             if record.entries and record.entries[-1].until > now + ttl:
                 for entry in record.entries:
                     entry.until = min(entry.until, now + ttl)
-            record.due = False
+            record.due = 0
             if record.entries:
                 self._list(key, record)
 
@@ -411,10 +413,11 @@ class MemoryHistory:
                     self._list(key, record)
 
     def _next_due(self) -> tuple[Hashable, _Record | None]:
-        _, _, key = heapq.heappop(self._due)
+        _, number, key = heapq.heappop(self._due)
         record = self._records.get(key)
-        if record is not None:
-            record.due = False
+        if record is None or record.due != number:
+            return key, None
+        record.due = 0
         return key, record
 
     def _record(self, key: Hashable) -> _Record:
@@ -422,18 +425,25 @@ class MemoryHistory:
         if record is not None:
             self._records.move_to_end(key)
             return record
-        if len(self._records) >= self._max_rooms:
-            gone, lost = self._records.popitem(last=False)
-            self.bytes -= lost.weight
-            if self.forgotten is not None:
-                self.forgotten(gone)
+        for _ in range(_LOOKED_AT):
+            if len(self._records) < self._max_rooms:
+                break
+            oldest = next(iter(self._records))
+            if self.held is not None and self.held(oldest):
+                self._records.move_to_end(oldest)
+            else:
+                self.forget(oldest)
         record = self._records[key] = _Record()
         return record
 
     def _list(self, key: Hashable, record: _Record) -> None:
-        record.due = True
         self._listed += 1
+        record.due = self._listed
         heapq.heappush(self._due, (record.entries[0].until, self._listed, key))
+        if len(self._due) > 2 * len(self._records) + 100:
+            records = self._records
+            self._due = [each for each in self._due if each[2] in records and records[each[2]].due == each[1]]
+            heapq.heapify(self._due)
 
     def _expire(self, record: _Record, now: float) -> None:
         while record.entries and record.entries[0].until <= now:
@@ -630,7 +640,7 @@ class OwnHistories(Histories):
                 _, offsets[room] = self._memory.append(
                     (self._path, room),
                     item,
-                    len(message.payload),
+                    len(message.payload) + len(message.info or b""),
                     size=options.history_size,
                     ttl=options.history_ttl,
                 )

@@ -29,7 +29,8 @@ class WebSocketOptions(BaseModel):
             `RoomNameError`.
         max_buffered_bytes (bytes, default 4 MiB): The most that may wait for a client that reads slowly.
         slow_client_policy (default "close"): What happens beyond that. "close": the client is closed with 1013; "drop":
-            the newest messages are dropped, and counted. A Centrifuge client is closed when a reply would be.
+            the newest messages are dropped, and counted. A Centrifuge client is closed when a reply would be, or
+            when it is in a room with a history: it gets what it missed when it comes back.
         max_queued_messages (default 256): The most messages of one client that may wait for their handler; then nothing
             more is read from it until the handler catches up.
         max_queued_bytes (bytes, default 4 MiB): The same, in bytes.
