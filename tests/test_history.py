@@ -630,6 +630,33 @@ async def test_a_slow_client_in_a_room_with_a_history_has_to_come_back_for_what_
         other.connection.transport.abort()
 
 
+async def test_a_client_gets_only_so_much_at_once() -> None:
+    megabyte = "x" * 1_000_000
+    async with running() as server, raw(server, max_size=None) as client:
+        await client.connect()
+        first = await subscribe(client, "log")
+        for i in range(11):
+            service(server).to("log", f"{i} {megabyte}")
+            assert (await client.hear())["push"]["pub"]["offset"] == i + 1
+        log = (await client.ask({"history": {"channel": "log", "limit": -1}, "id": 3}))["history"]
+        assert ([each["offset"] for each in log["publications"]], log["offset"]) == ([*range(1, 9)], 11)
+        since = {"epoch": log["epoch"], "offset": 8}
+        log = (await client.ask({"history": {"channel": "log", "limit": -1, "since": since}, "id": 4}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [9, 10, 11]
+        newest = {"channel": "log", "limit": 100, "reverse": True}
+        log = (await client.ask({"history": newest, "id": 5}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [*range(11, 3, -1)]
+        for offset, number in ((0, None), (3, 8)):
+            asked = {"recover": True, "epoch": first["epoch"], "offset": offset}
+            await client.ask({"unsubscribe": {"channel": "log"}, "id": 6})
+            subscribed = await subscribe(client, "log", **asked)
+            assert subscribed["recovered"] is (number is not None)
+            assert len(subscribed.get("publications", ())) == (number or 0)
+            async with raw(server, "/chat?room=log", max_size=None) as other:
+                connected = (await other.connect(subs={"log": asked}))["subs"]["log"]
+                assert connected == subscribed
+
+
 async def test_plain_clients_get_what_they_always_got() -> None:
     async with running() as server, connect(server.url("/chat?room=news")) as client:
         for data in ("text", b"bytes", {"a": 1}):

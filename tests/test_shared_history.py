@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -174,6 +175,34 @@ async def test_a_part_of_a_history_can_be_asked_for(make: Make) -> None:
             service(b).to("short", i)
         assert data_of(await service(b).history("short")) == data_of(await service(a).history("short")) == [3, 4]
         assert (await service(a).history("short")).offset == 5
+
+
+async def test_a_client_gets_only_so_much_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asena_tornado.cluster.histories.SharedHistories.part", 2)
+    megabyte = "x" * 1_000_000
+    async with servers(make) as (a, b), raw(a, max_size=None) as client:
+        await client.connect()
+        first = await subscribe(client, "log")
+        for i in range(11):
+            service(b).to("log", f"{i} {megabyte}")
+            assert (await client.hear())["push"]["pub"]["offset"] == i + 1
+        log = (await client.ask({"history": {"channel": "log", "limit": -1}, "id": 3}))["history"]
+        assert ([each["offset"] for each in log["publications"]], log["offset"]) == ([*range(1, 9)], 11)
+        since = {"epoch": log["epoch"], "offset": 8}
+        log = (await client.ask({"history": {"channel": "log", "limit": -1, "since": since}, "id": 4}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [9, 10, 11]
+        newest = {"channel": "log", "limit": 100, "reverse": True}
+        log = (await client.ask({"history": newest, "id": 5}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [*range(11, 3, -1)]
+        for offset, number in ((0, None), (3, 8)):
+            asked = {"recover": True, "epoch": first["epoch"], "offset": offset}
+            await client.ask({"unsubscribe": {"channel": "log"}, "id": 6})
+            subscribed = await subscribe(client, "log", **asked)
+            assert subscribed["recovered"] is (number is not None)
+            assert len(subscribed.get("publications", ())) == (number or 0)
+            async with raw(a, "/chat?room=log", max_size=None) as other:
+                connected = (await other.connect(subs={"log": asked}))["subs"]["log"]
+                assert connected == subscribed
 
 
 async def test_entries_expire_and_the_offset_stays(make: Make) -> None:
@@ -592,6 +621,27 @@ async def test_while_redis_is_away_rooms_with_a_history_say_so_and_a_new_one_has
     finally:
         if redis_server.ask("PING") is None:
             redis_server.start()
+
+
+@pytest.mark.redis
+async def test_while_redis_stands_still_a_client_that_comes_back_gets_an_answer(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix, timeout=60)) as (a, b), raw(a) as client:
+        await client.connect()
+        position = await subscribe(client, "news")
+        service(b).to("news", 1)
+        assert await client.hear() == pub("news", 1, 1)
+        redis_server.signal(signal.SIGSTOP)
+        try:
+            await client.say({"history": {"channel": "news", "limit": -1}, "id": 3})
+            async with raw(a, "/chat?room=news") as other:
+                asked = {"recover": True, "epoch": position["epoch"], "offset": 0}
+                back = (await other.connect(subs={"news": asked}))["subs"]["news"]
+                assert (back["offset"], back["was_recovering"], back["recovered"]) == (1, True, False)
+                assert (await client.hear())["error"]["code"] == 100
+        finally:
+            redis_server.signal(signal.SIGCONT)
 
 
 # -- at random, against a model
