@@ -287,6 +287,24 @@ async def test_what_a_process_without_a_server_sends_is_kept_too(make: Make) -> 
         assert data_of(await service(a).history("nobody is here")) == [3]
 
 
+async def test_what_such_a_process_sends_is_kept_when_nobody_says_again_which_rooms_remember(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(make) as (a, b), raw(b) as client, UlakClient(make()) as ulak:
+        await client.connect()
+        await subscribe(client, "news")
+        await ulak.to("/chat", "news", 1)
+
+        async def nobody_answers(*args: Any) -> None:
+            return None
+
+        monkeypatch.setattr("asena_tornado.cluster.cluster._ASK_AGAIN", 0)
+        monkeypatch.setattr("asena_tornado.cluster.remote.Remote.rules", nobody_answers)
+        await ulak.to("/chat", "news", 2)
+        assert await publications(client, 2) == [(1, 1), (2, 2)]
+        assert data_of(await service(a).history("news")) == [1, 2]
+
+
 async def test_a_room_that_the_service_puts_a_client_in_afterwards_tells_its_position(make: Make) -> None:
     async with servers(make) as (a, b), raw(b) as client:
         await client.connect()
