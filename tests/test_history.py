@@ -236,8 +236,12 @@ async def test_bad_questions_about_a_history_get_clear_errors() -> None:
             await chat.history("plain:1")
         with pytest.raises(RoomNameError):
             await chat.history("")
-        with pytest.raises(ValueError, match="0 or more, or None"):
-            await chat.history("news", limit=-1)
+        for limit in (-1, 2.5, "3", True):
+            with pytest.raises(ValueError, match="0 or more, or None"):
+                await chat.history("news", limit=limit)  # type: ignore[arg-type]
+        for offset in (-1, 1.0, "3"):
+            with pytest.raises(ValueError, match=rf"an int, and 0 or more, not {offset!r}"):
+                await chat.history("news", since=Position("", offset))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"takes a Position\(epoch, offset\), not 5"):
             await chat.history("news", since=5)  # type: ignore[arg-type]
 
@@ -530,6 +534,20 @@ async def test_what_is_sent_while_a_client_connects_comes_once_and_in_order() ->
             news = (await client.connect())["subs"]["news"]
             assert news["offset"] == 4
             assert await client.hear() == pub("news", "after", 5)
+
+
+async def test_what_is_sent_to_several_rooms_before_a_client_is_in_all_of_them_shows_one_that_it_is_in() -> None:
+    @WebSocket("/chat", rooms=ROOMS)
+    class Joining(Chat):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("b")
+            self.to(["a", "b"], "to both")
+            ws.subscribe("a")
+
+    async with running(Joining) as server, raw(server) as client:
+        subs = (await client.connect())["subs"]
+        assert (subs["a"]["offset"], subs["b"]["offset"]) == (1, 0)
+        assert await client.hear() == pub("b", "to both", 1)
 
 
 async def test_a_room_the_service_puts_a_client_in_afterwards_tells_its_position() -> None:
