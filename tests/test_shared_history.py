@@ -642,6 +642,28 @@ async def test_while_redis_is_away_rooms_with_a_history_say_so_and_a_new_one_has
 
 
 @pytest.mark.redis
+async def test_a_redis_that_is_full_keeps_nothing_and_the_log_says_what_becomes_of_it(
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix)) as (a, b), raw(b) as client:
+        await client.connect()
+        await subscribe(client, "news")
+        redis_server.ask("CONFIG SET maxmemory 1")
+        try:
+            service(a).to("news", "not taken")
+            await until(lambda: "the channel" in caplog.text)
+            said = next(record.getMessage() for record in caplog.records if "the channel" in record.getMessage())
+            assert f"'{{{prefix}:/chat#news}}', which reaches nobody, as it cannot be kept: OOM" in said
+            assert "Allow" not in said
+            count: Any = service(a).to("news", "nor this")
+            assert (count, count.carried) == (0, False)
+        finally:
+            redis_server.ask("CONFIG SET maxmemory 0")
+        service(b).to("news", "for all")
+        assert await client.hear() == pub("news", "for all", 1)
+
+
+@pytest.mark.redis
 async def test_while_redis_stands_still_a_client_that_comes_back_gets_an_answer(
     redis_server: RedisServer, prefix: str
 ) -> None:
