@@ -236,8 +236,12 @@ async def test_bad_questions_about_a_history_get_clear_errors() -> None:
             await chat.history("plain:1")
         with pytest.raises(RoomNameError):
             await chat.history("")
-        with pytest.raises(ValueError, match="0 or more, or None"):
-            await chat.history("news", limit=-1)
+        for limit in (-1, 2.5, "3", True):
+            with pytest.raises(ValueError, match="0 or more, or None"):
+                await chat.history("news", limit=limit)  # type: ignore[arg-type]
+        for offset in (-1, 1.0, "3"):
+            with pytest.raises(ValueError, match=rf"an int, and 0 or more, not {offset!r}"):
+                await chat.history("news", since=Position("", offset))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"takes a Position\(epoch, offset\), not 5"):
             await chat.history("news", since=5)  # type: ignore[arg-type]
 
@@ -532,6 +536,20 @@ async def test_what_is_sent_while_a_client_connects_comes_once_and_in_order() ->
             assert await client.hear() == pub("news", "after", 5)
 
 
+async def test_what_is_sent_to_several_rooms_before_a_client_is_in_all_of_them_shows_one_that_it_is_in() -> None:
+    @WebSocket("/chat", rooms=ROOMS)
+    class Joining(Chat):
+        def on_open(self, ws: Socket) -> None:
+            ws.subscribe("b")
+            self.to(["a", "b"], "to both")
+            ws.subscribe("a")
+
+    async with running(Joining) as server, raw(server) as client:
+        subs = (await client.connect())["subs"]
+        assert (subs["a"]["offset"], subs["b"]["offset"]) == (1, 0)
+        assert await client.hear() == pub("b", "to both", 1)
+
+
 async def test_a_room_the_service_puts_a_client_in_afterwards_tells_its_position() -> None:
     async with running() as server, raw(server) as client:
         await client.connect()
@@ -628,6 +646,33 @@ async def test_a_slow_client_in_a_room_with_a_history_has_to_come_back_for_what_
         while heard["push"]["pub"]["data"] != "still here":
             heard = await other.hear()
         other.connection.transport.abort()
+
+
+async def test_a_client_gets_only_so_much_at_once() -> None:
+    megabyte = "x" * 1_000_000
+    async with running() as server, raw(server, max_size=None) as client:
+        await client.connect()
+        first = await subscribe(client, "log")
+        for i in range(11):
+            service(server).to("log", f"{i} {megabyte}")
+            assert (await client.hear())["push"]["pub"]["offset"] == i + 1
+        log = (await client.ask({"history": {"channel": "log", "limit": -1}, "id": 3}))["history"]
+        assert ([each["offset"] for each in log["publications"]], log["offset"]) == ([*range(1, 9)], 11)
+        since = {"epoch": log["epoch"], "offset": 8}
+        log = (await client.ask({"history": {"channel": "log", "limit": -1, "since": since}, "id": 4}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [9, 10, 11]
+        newest = {"channel": "log", "limit": 100, "reverse": True}
+        log = (await client.ask({"history": newest, "id": 5}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [*range(11, 3, -1)]
+        for offset, number in ((0, None), (3, 8)):
+            asked = {"recover": True, "epoch": first["epoch"], "offset": offset}
+            await client.ask({"unsubscribe": {"channel": "log"}, "id": 6})
+            subscribed = await subscribe(client, "log", **asked)
+            assert subscribed["recovered"] is (number is not None)
+            assert len(subscribed.get("publications", ())) == (number or 0)
+            async with raw(server, "/chat?room=log", max_size=None) as other:
+                connected = (await other.connect(subs={"log": asked}))["subs"]["log"]
+                assert connected == subscribed
 
 
 async def test_plain_clients_get_what_they_always_got() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -176,6 +177,34 @@ async def test_a_part_of_a_history_can_be_asked_for(make: Make) -> None:
         assert (await service(a).history("short")).offset == 5
 
 
+async def test_a_client_gets_only_so_much_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asena_tornado.cluster.histories.SharedHistories.part", 2)
+    megabyte = "x" * 1_000_000
+    async with servers(make) as (a, b), raw(a, max_size=None) as client:
+        await client.connect()
+        first = await subscribe(client, "log")
+        for i in range(11):
+            service(b).to("log", f"{i} {megabyte}")
+            assert (await client.hear())["push"]["pub"]["offset"] == i + 1
+        log = (await client.ask({"history": {"channel": "log", "limit": -1}, "id": 3}))["history"]
+        assert ([each["offset"] for each in log["publications"]], log["offset"]) == ([*range(1, 9)], 11)
+        since = {"epoch": log["epoch"], "offset": 8}
+        log = (await client.ask({"history": {"channel": "log", "limit": -1, "since": since}, "id": 4}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [9, 10, 11]
+        newest = {"channel": "log", "limit": 100, "reverse": True}
+        log = (await client.ask({"history": newest, "id": 5}))["history"]
+        assert [each["offset"] for each in log["publications"]] == [*range(11, 3, -1)]
+        for offset, number in ((0, None), (3, 8)):
+            asked = {"recover": True, "epoch": first["epoch"], "offset": offset}
+            await client.ask({"unsubscribe": {"channel": "log"}, "id": 6})
+            subscribed = await subscribe(client, "log", **asked)
+            assert subscribed["recovered"] is (number is not None)
+            assert len(subscribed.get("publications", ())) == (number or 0)
+            async with raw(a, "/chat?room=log", max_size=None) as other:
+                connected = (await other.connect(subs={"log": asked}))["subs"]["log"]
+                assert connected == subscribed
+
+
 async def test_entries_expire_and_the_offset_stays(make: Make) -> None:
     async with servers(make) as (a, b):
         service(a).to("brief", 1)
@@ -256,6 +285,24 @@ async def test_what_a_process_without_a_server_sends_is_kept_too(make: Make) -> 
         assert sorted(heard) == [1, 2, 4]
         assert data_of(await service(a).history("news")) == [1, 2]
         assert data_of(await service(a).history("nobody is here")) == [3]
+
+
+async def test_what_such_a_process_sends_is_kept_when_nobody_says_again_which_rooms_remember(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(make) as (a, b), raw(b) as client, UlakClient(make()) as ulak:
+        await client.connect()
+        await subscribe(client, "news")
+        await ulak.to("/chat", "news", 1)
+
+        async def nobody_answers(*args: Any) -> None:
+            return None
+
+        monkeypatch.setattr("asena_tornado.cluster.cluster._ASK_AGAIN", 0)
+        monkeypatch.setattr("asena_tornado.cluster.remote.Remote.rules", nobody_answers)
+        await ulak.to("/chat", "news", 2)
+        assert await publications(client, 2) == [(1, 1), (2, 2)]
+        assert data_of(await service(a).history("news")) == [1, 2]
 
 
 async def test_a_room_that_the_service_puts_a_client_in_afterwards_tells_its_position(make: Make) -> None:
@@ -612,6 +659,49 @@ async def test_a_redis_that_is_full_says_so_and_goes_on_when_it_has_room(
             redis_server.ask("CONFIG SET maxmemory 0")
         await until(lambda: service(a).to("news", "after").carried)  # type: ignore[attr-defined]
         assert await client.hear() == pub("news", "after", 2)
+
+
+@pytest.mark.redis
+async def test_a_redis_that_is_full_keeps_nothing_and_the_log_says_what_becomes_of_it(
+    redis_server: RedisServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix)) as (a, b), raw(b) as client:
+        await client.connect()
+        await subscribe(client, "news")
+        redis_server.ask("CONFIG SET maxmemory 1")
+        try:
+            service(a).to("news", "not taken")
+            await until(lambda: "the channel" in caplog.text)
+            said = next(record.getMessage() for record in caplog.records if "the channel" in record.getMessage())
+            assert f"'{{{prefix}:/chat#news}}', which reaches nobody, as it cannot be kept: OOM" in said
+            assert "Allow" not in said
+            count: Any = service(a).to("news", "nor this")
+            assert (count, count.carried) == (0, False)
+        finally:
+            redis_server.ask("CONFIG SET maxmemory 0")
+        service(b).to("news", "for all")
+        assert await client.hear() == pub("news", "for all", 1)
+
+
+@pytest.mark.redis
+async def test_while_redis_stands_still_a_client_that_comes_back_gets_an_answer(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    async with servers(lambda: RedisTransport(redis_server.url, prefix=prefix, timeout=60)) as (a, b), raw(a) as client:
+        await client.connect()
+        position = await subscribe(client, "news")
+        service(b).to("news", 1)
+        assert await client.hear() == pub("news", 1, 1)
+        redis_server.signal(signal.SIGSTOP)
+        try:
+            await client.say({"history": {"channel": "news", "limit": -1}, "id": 3})
+            async with raw(a, "/chat?room=news") as other:
+                asked = {"recover": True, "epoch": position["epoch"], "offset": 0}
+                back = (await other.connect(subs={"news": asked}))["subs"]["news"]
+                assert (back["offset"], back["was_recovering"], back["recovered"]) == (1, True, False)
+                assert (await client.hear())["error"]["code"] == 100
+        finally:
+            redis_server.signal(signal.SIGCONT)
 
 
 # -- at random, against a model

@@ -334,8 +334,9 @@ class Cluster:
         """Do the same for a node without namespaces: the nodes that have this one know which rooms have a history."""
         rules, at = self._asked.get(path, (None, -_ASK_AGAIN))
         if monotonic() - at >= _ASK_AGAIN:
-            rules = await self._remote.rules(path, _PATIENT)
-            if rules is not None:
+            said = await self._remote.rules(path, _PATIENT)
+            if said is not None:  # else what was said last holds: without it, nothing would be kept
+                rules = said
                 if len(self._asked) >= _SENT_TO:
                     self._asked.clear()
                 self._asked[path] = (rules, monotonic())

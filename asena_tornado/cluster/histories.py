@@ -47,6 +47,8 @@ class Host(Protocol):
 class SharedHistories(Histories):
     """The histories of one namespace, which all nodes have in common."""
 
+    part = 500
+
     def __init__(self, namespace: Namespace, rules: RoomRules, host: Host, store: TransportHistory) -> None:
         super().__init__(rules)
         self.namespace = namespace
@@ -164,7 +166,7 @@ class SharedHistories(Histories):
             noted: list[Kept] = []
             follower.notes.append(noted)
             try:
-                found = await self.read(follower.room, since=since.offset, limit=None)
+                found = await self.read_for_client(follower.room, since=since.offset, limit=None)
             finally:
                 follower.notes[:] = [each for each in follower.notes if each is not noted]
             if follower.position is None:

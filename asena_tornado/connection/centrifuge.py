@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from inspect import isawaitable
 from typing import Any, ClassVar, Protocol
@@ -105,7 +106,9 @@ _MAX_NAME = 64  # characters of an SDK's name, and of its version
 _MAX_MESSAGE = 500  # characters of an error's text
 _SHOWN_ERRORS = 3  # of a validation
 _AT_ONCE = 64  # commands of one frame before others have a turn
+_LARGE = 64 * 1024  # bytes of a reply after which others have a turn
 _HELD_CHECK = 0.1  # seconds
+_PATIENCE = 3.0  # seconds that a client is kept waiting for what it has missed; SDKs wait for 5
 _GRACE = 25.0  # seconds that a subscription lasts once it has expired: clients refresh it at that very moment
 
 
@@ -494,8 +497,12 @@ class Session(Dispatch):
         if not isinstance(asked, dict) or not all(isinstance(each, dict) for each in asked.values()):
             raise _BadRequest("subs that are none")
         since = {room: position for room, each in asked.items() if (position := _position(each)) is not None}
-        await histories.settle(self._namespace.rooms_of(socket))
-        return since, await histories.recover(socket, since)
+        recovered: dict[str, Recovery] = {}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await histories.settle(self._namespace.rooms_of(socket))
+                await histories.recover(socket, since, recovered)
+        return since, recovered
 
     def _subs(self, asked: dict[str, Position], recovered: dict[str, Recovery]) -> bytes:
         """The rooms that the client is in, as far as their positions are known: it is told of the others later."""
@@ -746,13 +753,14 @@ class Session(Dispatch):
         else:
             position = None if since is None else _position({**since, "recover": True})
             try:
-                log = await histories.read(
-                    room,
-                    since=None if position is None else position.offset,
-                    limit=None if limit < 0 else limit,
-                    reverse=reverse,
-                )
-            except TransportError:
+                async with asyncio.timeout(_PATIENCE):
+                    log = await histories.read_for_client(
+                        room,
+                        since=None if position is None else position.offset,
+                        limit=None if limit < 0 else limit,
+                        reverse=reverse,
+                    )
+            except (TransportError, TimeoutError):
                 self._refuse(number, INTERNAL)
                 return
             if position is not None and position.epoch not in ("", log.position.epoch):
@@ -764,6 +772,8 @@ class Session(Dispatch):
                 log.position.offset,
             )
             self._client.reply(_reply(number, "history", text))
+            if len(text) > _LARGE:
+                await asyncio.sleep(0)
 
     def _info(self, room: str) -> bytes:
         """The ``ClientInfo`` of who publishes to the room."""

@@ -408,13 +408,17 @@ class RedisTransport:
         if name in self._complained or len(self._complained) == _DENIED:
             return
         self._complained.add(name)
+        kept = name.startswith(b"{")
+        start = name[: len(self._start) + kept].decode()
         log.error(
-            "%r: Redis does not accept what is published to the channel %r, which reaches local sockets only: %s. "
-            "Allow its user every channel that begins with %r",
+            "%r: Redis does not accept what is published to the channel %r, which reaches %s: %s%s",
             self,
             name[:200].decode(errors="replace"),
+            "nobody, as it cannot be kept" if kept else "local sockets only",
             reason,
-            self._start.decode(),
+            f". Allow its user every channel{' and key' if kept else ''} that begins with {start!r}"
+            if reason.startswith("NOPERM")
+            else "",
         )
 
     def _refuse(self, reason: str) -> None:

@@ -12,12 +12,12 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
@@ -31,7 +31,10 @@ MAX_ROOMS = 100_000  # whose offset and epoch are remembered; each takes about 5
 MAX_BYTES = 256 * 1024 * 1024  # of entries
 MAX_ROOM_BYTES = 64 * 1024 * 1024  # of entries of one room
 
+MAX_AT_ONCE = 8 * 1024 * 1024  # bytes of entries that one client gets in one reply
+
 _OVERHEAD = 256  # bytes that an entry takes besides its data
+_PUBLICATION = 50  # bytes that it takes in a reply besides them
 _FOUND = 10_000  # names of rooms whose options are looked up once
 _LOOKED_AT = 8  # rooms that may have to be forgotten before a new one is remembered
 
@@ -43,7 +46,8 @@ class RoomOptions(BaseModel):
         class ChatSocket(AsenaWebSocketService): ...
 
     A room with a history keeps what is sent to it with ``to`` and ``publish``, by whomever. Centrifuge clients that
-    come back get what they missed, if all of it is still there; see also `AsenaWebSocketService.history`.
+    come back get what they missed, if all of it is still there, and not more than 8 MiB; see also
+    `AsenaWebSocketService.history`.
 
     A message to several rooms is kept in each that has a history. Who is in several of them gets it once, with the
     offset of the first of them as they were named, or of the first that comes back from the transport; after a loss of
@@ -198,6 +202,11 @@ class Kept:
         self.payload = payload
         self.is_json = is_json
         self.info = info  # which client has published it (see `Message.info`)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its publication has."""
+        return len(self.payload) + len(self.info or b"") + _PUBLICATION
 
     @property
     def publication(self) -> bytes:
@@ -484,14 +493,18 @@ class Log(NamedTuple):
     entries: Sequence[Kept]
 
 
-def recovery(log: Log, since: Position, position: Position) -> Recovery:
-    """What a client at ``since`` gets that goes on at ``position``: all that it missed, or nothing."""
+def recovery(log: Log, since: Position, position: Position, at_most: int = MAX_AT_ONCE) -> Recovery:
+    """What a client at ``since`` gets that goes on at ``position``: all that it missed, or nothing.
+
+    Nothing as well if that is more than ``at_most`` bytes, and not a single message.
+    """
     # One that has never seen anything of the room knows no epoch either.
     known = since.epoch == position.epoch or (not since.epoch and not since.offset)
     missed = [kept for kept in log.entries if since.offset < kept.offset <= position.offset]
     # Entries have no holes, except when somebody else has touched the store: so each is counted.
     whole = len(missed) == position.offset - since.offset and (not missed or missed[0].offset == since.offset + 1)
-    if known and log.position.epoch == position.epoch and whole:
+    fits = len(missed) <= 1 or sum(kept.size for kept in missed) <= at_most
+    if known and log.position.epoch == position.epoch and whole and fits:
         return Recovery(position, True, missed)
     return Recovery(position)
 
@@ -511,6 +524,8 @@ class Histories(ABC):
 
     It notes from which position on Centrifuge clients follow the rooms that they have come into, until they are told.
     """
+
+    part: ClassVar[int | None] = None  # entries that are read at once for a client; None: all
 
     def __init__(self, rules: RoomRules) -> None:
         self.rules = rules
@@ -557,18 +572,40 @@ class Histories(ABC):
     def close(self) -> None:
         """Begin nothing any more."""
 
-    async def recover(self, socket: Socket[Any], asked: Mapping[str, Position]) -> dict[str, Recovery]:
-        """What a client that connects has missed of the rooms that it is in already, up to when it came into them."""
-        found = {}
+    async def read_for_client(self, room: str, *, since: int | None, limit: int | None, reverse: bool = False) -> Log:
+        """Read as `read` does, but not much more than a client gets at once."""
+        entries: list[Kept] = []
+        epoch, left = "", MAX_AT_ONCE
+        while True:
+            rest = None if limit is None else limit - len(entries)
+            count = rest if self.part is None else self.part if rest is None else min(self.part, rest)
+            log = await self.read(room, since=since, limit=count, reverse=reverse)
+            if entries and log.position.epoch != epoch:
+                return Log(log.position, ())
+            epoch = log.position.epoch
+            for kept in log.entries:
+                left -= kept.size
+                if entries and (left < 0 or abs(kept.offset - entries[-1].offset) != 1):
+                    return Log(log.position, entries)
+                entries.append(kept)
+            if count is None or len(log.entries) < count or len(entries) == limit:
+                return Log(log.position, entries)
+            since = entries[-1].offset
+
+    async def recover(
+        self, socket: Socket[Any], asked: Mapping[str, Position], found: MutableMapping[str, Recovery]
+    ) -> None:
+        """Find what a client that connects has missed of the rooms that it is in, up to when it came into them."""
+        left = MAX_AT_ONCE
         for room, since in asked.items():
             position = self._begun.get(socket, {}).get(room)
             if position is not None:
                 try:
-                    log = await self.read(room, since=since.offset, limit=None)
+                    log = await self.read_for_client(room, since=since.offset, limit=None)
                 except TransportError:
                     continue
-                found[room] = recovery(log, since, position)
-        return found
+                found[room] = recovery(log, since, position, left)
+                left -= sum(kept.size for kept in found[room].missed)
 
     def told(self, socket: Socket[Any], room: str) -> Position | None:
         """The position from which on the client follows the room, which it is told now; None: it will be later."""

@@ -438,8 +438,10 @@ class Namespace:
         (room,) = self.room_names((room,))
         if since is not None and not isinstance(since, Position):
             raise TypeError(f"since takes a Position(epoch, offset), not {since!r}")
-        if limit is not None and limit < 0:
-            raise ValueError(f"limit must be 0 or more, or None for all there are, not {limit!r}")
+        if since is not None and not (type(since.offset) is int and since.offset >= 0):
+            raise ValueError(f"the offset of a position is an int, and 0 or more, not {since.offset!r}")
+        if limit is not None and not (type(limit) is int and limit >= 0):
+            raise ValueError(f"limit must be an int, 0 or more, or None for all there are, not {limit!r}")
 
         async def read() -> History:
             histories = self.histories
@@ -507,7 +509,7 @@ class Namespace:
                 self.events.record("error", socket.id, detail=f"did not join {room!r}: {self._full()}")
                 return
             tell = socket._connection.tell_room
-            if tell is not None:
+            if socket.protocol == "centrifuge":  # which room a message shows depends on those it is in
                 self.outbox.settle(socket)  # type: ignore[union-attr]  # the door is open
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             first = not self.index.members(room)
@@ -527,7 +529,7 @@ class Namespace:
             socket._left_rooms.pop(room, None)
         elif room in self.index.rooms_of(socket):
             tell = socket._connection.tell_room
-            if tell is not None:
+            if socket.protocol == "centrifuge":  # which room a message shows depends on those it is in
                 self.outbox.settle(socket)  # type: ignore[union-attr]  # the door is open
             self.outbox.seal(self.index.members(room))  # type: ignore[union-attr]  # the door is open
             self._take_out(socket, room)
