@@ -848,8 +848,11 @@ class AsenaServer:
         if self.state in ("new", "replaced"):
             return
         door = self._door
+        inside = False
+        with contextlib.suppress(ServerStateError):  # it has stopped by itself meanwhile
+            inside = door is not None and not door.is_shut and door.inside()
         if door is not None and not door.is_shut:
-            if door.inside():
+            if inside:
                 if self._site.handling or (self._thread is not None and self._thread.current):
                     self._close_soon(timeout)
                 else:

@@ -143,7 +143,7 @@ def test_the_package_is_not_imported_before_a_test_asks_for_it(tmp_path: Path):
         "def test_before():\n    assert 'asena_tornado' not in sys.modules\n"
         "def test_then(serve):\n    assert 'asena_tornado' in sys.modules\n"
     )
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(asena_tornado.__file__).parents[1])])
     command = [sys.executable, "-m", "pytest", "-p", "installed_plugin", "-p", "no:cacheprovider"]
     done = subprocess.run(
