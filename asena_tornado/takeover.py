@@ -67,9 +67,8 @@ async def _cluster_for(new: Site, old: Site) -> Cluster | None:
 def _switch(new: Site, old: Site, door: LoopDoor, cluster: Cluster | None) -> Leftovers:
     """Switch without waiting for anything, and so between two messages."""
     assert old.outbox is not None
-    old.container.stop_ticking(
-        new.container
-    )  # at once, and not when all else of it has ended: the new one's run already
+    # Before all else of it ends: the new one's run already.
+    old.container.stop_ticking(new.container)
     new.outbox = old.outbox
     new.outbox.ledger.limit = new.max_buffered_bytes
     gone = []

@@ -7,7 +7,7 @@ import json
 from html import escape
 from typing import Any
 
-from ..web.http import DiscreetHandler, Refusal
+from ..web.http import DiscreetHandler
 from ..web.origins import Hosts
 from .view import STATIC, View
 
@@ -35,12 +35,7 @@ class _Handler(DiscreetHandler):
         self._hosts = hosts
 
     def prepare(self) -> None:
-        try:
-            self._hosts.check(self.request.host)
-        except Refusal as refusal:
-            self.set_status(refusal.response.status)
-            self.set_header("Content-Type", refusal.response.headers["Content-Type"])
-            self.finish(refusal.response.body)
+        self._hosts.guard(self)
 
     def _permitted(self, token: str) -> bool:
         return hmac.compare_digest(token.encode(), self._view.desk.token.encode())

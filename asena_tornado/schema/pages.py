@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..web.http import DiscreetHandler, Refusal
+from ..web.http import DiscreetHandler
 from ..web.origins import Hosts
 from ..websocket.namespace import normalize_path
 
@@ -62,12 +62,7 @@ class _Handler(DiscreetHandler):
         self.set_header("X-Content-Type-Options", "nosniff")
 
     def prepare(self) -> None:
-        try:
-            self._hosts.check(self.request.host)
-        except Refusal as refusal:
-            self.set_status(refusal.response.status)
-            self.set_header("Content-Type", refusal.response.headers["Content-Type"])
-            self.finish(refusal.response.body)
+        self._hosts.guard(self)
 
     def get(self) -> None:
         """Answer with the document."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from tornado.httputil import HTTPServerRequest
+from tornado.web import RequestHandler
 
 from ..errors import ConfigurationError
 from .http import Refusal
@@ -85,6 +86,15 @@ class Hosts:
         self._known.clear()
         self._own = frozenset(_hostname(name) for name in own if name)
         self._restricted = self._allowed is not None or (not anywhere and all(map(is_loopback, listeners)))
+
+    def guard(self, handler: RequestHandler) -> None:
+        """Answer a request to a host that is not accepted; for a handler's ``prepare``."""
+        try:
+            self.check(handler.request.host)
+        except Refusal as refusal:
+            handler.set_status(refusal.response.status)
+            handler.set_header("Content-Type", refusal.response.headers["Content-Type"])
+            handler.finish(refusal.response.body)
 
     def check(self, host: str) -> None:
         """Refuse a request to a host that is not accepted; ``host`` may have a port."""
